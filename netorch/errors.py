@@ -1,0 +1,98 @@
+"""Everything that netorch raises on purpose.
+
+    NetorchError               failed for a reason that the person can act on (exit status 1)
+    ├── TopologyError          the file is wrong: carries every mistake in it (exit status 2)
+    ├── UsageError             the command line asks for something that does not exist (exit status 2)
+    ├── ConflictError          something that is not ours is in the way; nothing was changed
+    ├── MissingError           a program, a kernel feature or a permission is missing
+    ├── ImageError             a guest image can't be found, built or read
+    ├── KernelError            the kernel refused a request; carries the errno
+    ├── ApplyError             an action failed; says what was undone
+    └── ReadyError             everything was made, but something did not come to life in time
+
+A message says what failed, on which object and why; `hint` says what to do about it. Only `netorch.cli`
+prints them and turns them into exit statuses.
+"""
+
+from collections.abc import Sequence
+
+
+class NetorchError(Exception):
+    """A failure with a reason (`message`) and, where there is one, a way out (`hint`)."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class Mistake:
+    """One mistake in a topology file: where it is, what is wrong and what would be right.
+
+    `path` is the dotted key (`networks.default.address`), `line` counts from 1 and is 0 where unknown.
+    """
+
+    __slots__ = ("hint", "line", "message", "path")
+
+    def __init__(self, path: str, message: str, hint: str = "", line: int = 0) -> None:
+        self.path = path
+        self.message = message
+        self.hint = hint
+        self.line = line
+
+    def __repr__(self) -> str:
+        return f"Mistake({self.path!r}, {self.message!r}, {self.hint!r}, {self.line})"
+
+
+class TopologyError(NetorchError):
+    """The topology file is invalid. `mistakes` holds all that is wrong with it, in the order of the file."""
+
+    def __init__(self, source: str, mistakes: Sequence[Mistake]) -> None:
+        self.source = source
+        self.mistakes = tuple(mistakes)
+        lines = []
+        for mistake in self.mistakes:
+            where = f"{source}:{mistake.line}" if mistake.line else source
+            key = f"{mistake.path}: " if mistake.path else ""
+            hint = f" ({mistake.hint})" if mistake.hint else ""
+            lines.append(f"{where}: {key}{mistake.message}{hint}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(NetorchError):
+    """The command line names a lab, guest or host that is not there."""
+
+
+class ConflictError(NetorchError):
+    """A foreign object has a name or an address range that the lab needs."""
+
+
+class MissingError(NetorchError):
+    """A program, a kernel feature or a permission that the lab needs is missing."""
+
+
+class ImageError(NetorchError):
+    """A guest image can't be found, built or read."""
+
+
+class KernelError(NetorchError):
+    """The kernel refused a request; `errno` is its reason."""
+
+    def __init__(self, message: str, errno: int, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.errno = errno
+
+
+class ApplyError(NetorchError):
+    """An action failed. `undone` and `left` say, in words, what was taken back and what could not be."""
+
+    def __init__(
+        self, message: str, hint: str = "", undone: Sequence[str] = (), left: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message, hint)
+        self.undone = tuple(undone)
+        self.left = tuple(left)
+
+
+class ReadyError(NetorchError):
+    """The lab was made, but a guest or host did not become ready before the deadline."""

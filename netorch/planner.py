@@ -1,0 +1,185 @@
+"""diff(desired, observed) -> Plan: what has to be done to the machine, in order, and nothing else.
+
+Order of a plan: all deletes first, what needs others before what is needed; then creates and updates,
+what is needed before what needs it. Actions that don't depend on each other stand together in a step, so
+that the engine can hand a whole step to an adapter (a thousand taps are one batch of messages).
+
+A resource that differs is updated where only its `live` fields differ, otherwise deleted and created. What
+needs a deleted resource is asked what is left of it (`Resource.after_replace`).
+"""
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from netorch.resources import EMPTY, Resource, State
+
+
+class Action(msgspec.Struct, frozen=True, tag_field="action", tag=str.lower):
+    """One change to the machine. It says in words what it is, and knows its inverse."""
+
+    @property
+    def resource(self) -> Resource:
+        """The resource that is there once the action is done, or that was there for a Delete."""
+        raise NotImplementedError
+
+    @property
+    def key(self) -> str:
+        return self.resource.key
+
+    def inverse(self) -> "Action":
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        raise NotImplementedError
+
+
+class Create(Action, frozen=True):
+    new: Resource
+
+    @property
+    def resource(self) -> Resource:
+        return self.new
+
+    def inverse(self) -> "Delete":
+        return Delete(self.new)
+
+    def describe(self) -> str:
+        return f"create {self.new.describe()}"
+
+
+class Delete(Action, frozen=True):
+    old: Resource
+
+    @property
+    def resource(self) -> Resource:
+        return self.old
+
+    def inverse(self) -> Create:
+        return Create(self.old)
+
+    def describe(self) -> str:
+        return f"delete {self.old.describe()}"
+
+
+class Update(Action, frozen=True):
+    old: Resource
+    new: Resource
+
+    @property
+    def resource(self) -> Resource:
+        return self.new
+
+    def inverse(self) -> "Update":
+        return Update(self.new, self.old)
+
+    def describe(self) -> str:
+        return f"update {self.new.describe()}: {', '.join(self.old.changes(self.new))}"
+
+
+class Plan:
+    """Steps of actions. The actions of a step are independent of each other and of one verb."""
+
+    __slots__ = ("reasons", "steps")
+
+    def __init__(self, steps: Iterable[Iterable[Action]], reasons: dict[str, str] | None = None) -> None:
+        self.steps = tuple(tuple(step) for step in steps)
+        self.reasons = reasons or {}  # key of a resource that is made again -> why
+
+    def __iter__(self) -> Iterator[Action]:
+        return (action for step in self.steps for action in step)
+
+    def __bool__(self) -> bool:
+        return any(self.steps)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.steps))
+
+    def describe(self) -> list[str]:
+        """One line an action; a resource that is made again says why."""
+        lines = []
+        for action in self:
+            line = action.describe()
+            if isinstance(action, Delete) and action.key in self.reasons:
+                line += f" (to make it again: {self.reasons[action.key]})"
+            lines.append(line)
+        return lines
+
+
+def diff(desired: State, observed: State) -> Plan:
+    """The plan that turns `observed` into `desired`; empty (false) when they are in sync."""
+    doomed: dict[str, Resource] = {}
+    reasons: dict[str, str] = {}
+    for old in observed:
+        new = desired.get(old.key)
+        if new is None:
+            doomed[old.key] = old
+        elif old != new and not _can_update(old, new):
+            doomed[old.key] = old
+            reasons[old.key] = ", ".join(old.changes(new)) or "its kind changed"
+
+    # What is left of the others once the doomed are gone; this can doom more of them.
+    left = {resource.key: resource for resource in observed if resource.key not in doomed}
+    for level in _levels(observed):
+        for key in level:
+            current = left.get(key)
+            for needed in current.needs if current else ():
+                if current is None or needed not in doomed:
+                    continue
+                remains = current.after_replace(needed)
+                if remains is None:
+                    doomed[key] = left.pop(key)
+                    if key in desired:
+                        reasons[key] = f"{needed} is made again" if needed in desired else f"{needed} goes"
+                    current = None
+                else:
+                    left[key] = current = remains
+
+    steps: list[list[Action]] = []
+    for level in reversed(_levels(State(doomed.values()))):
+        steps.append([Delete(doomed[key]) for key in level])
+    for level in _levels(desired):
+        creates: list[Action] = []
+        updates: list[Action] = []
+        for key in level:
+            new = desired.get(key)
+            assert new is not None
+            if key not in left:
+                creates.append(Create(new))
+            elif left[key] != new:
+                updates.append(Update(left[key], new))
+        steps += [step for step in (creates, updates) if step]
+    return Plan(steps, reasons)
+
+
+def teardown(observed: State) -> Plan:
+    """The plan that takes everything away."""
+    return diff(EMPTY, observed)
+
+
+def _can_update(old: Resource, new: Resource) -> bool:
+    if type(old) is not type(new):
+        return False
+    fields = old.__struct_fields__
+    return all(f in old.live or getattr(old, f) == getattr(new, f) for f in fields)
+
+
+def _levels(state: State) -> list[list[str]]:
+    """Keys by depth: a resource's level is one past the deepest of its needs that are in the state."""
+    depth: dict[str, int] = {}
+
+    def visit(key: str) -> int:
+        if key not in depth:
+            resource = state.get(key)
+            assert resource is not None
+            depth[key] = 0  # a cycle would be a mistake of the compiler; it must not hang the planner
+            depth[key] = 1 + max((visit(n) for n in resource.needs if n in state), default=-1)
+        return depth[key]
+
+    levels: list[list[str]] = []
+    for resource in state:
+        level = visit(resource.key)
+        while len(levels) <= level:
+            levels.append([])
+        levels[level].append(resource.key)
+    return levels

@@ -1,0 +1,393 @@
+"""Resources: what a lab consists of once it runs, each as one frozen value.
+
+The desired State (from the compiler) and the observed State (from `netorch.system`) are made of the same
+classes, and equality is the definition of "in sync". So a field belongs here only if the machine can be
+asked for it; what a process was started with is asked of the process itself (its environment carries
+this very value as JSON, see `encode` and `decode`).
+
+Every resource has
+    key      its name within the lab, `<kind>:<what the file calls it>`; it is also its mark in the kernel
+    needs    the keys of what has to exist before it
+and may say how it fares when something that it needs is made again (`after_replace`).
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Self, TypeVar
+
+import msgspec
+
+T = TypeVar("T", bound="Resource")
+
+
+class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
+    """The base of all resources. Sub-classes are frozen structs that encode to tagged JSON objects."""
+
+    # Fields that a running object can take on; a difference in any other field makes it again.
+    live: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def key(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("record",)
+
+    def after_replace(self, needed: str) -> Self | None:
+        """What is left of this one once `needed` has been deleted; None: it is gone or useless as well."""
+        return None
+
+    def describe(self) -> str:
+        """The resource in a few words, as `plan` prints it."""
+        raise NotImplementedError
+
+    def changes(self, new: "Resource") -> list[str]:
+        """The fields in which `new` differs, as `name old -> new`."""
+        return [
+            f"{field} {_short(getattr(self, field))} -> {_short(getattr(new, field))}"
+            for field in self.__struct_fields__
+            if getattr(self, field) != getattr(new, field)
+        ]
+
+
+class Record(Resource):
+    """The topology as it was applied, kept in the run directory for `status` and the commands after it."""
+
+    live: ClassVar[frozenset[str]] = frozenset({"text", "source"})
+    text: str  # the Topology as JSON
+    source: str  # the file that it came from, absolute
+
+    @property
+    def key(self) -> str:
+        return "record"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    def describe(self) -> str:
+        return f"record of the topology {self.source}"
+
+    def changes(self, new: Resource) -> list[str]:
+        return ["topology as applied"]
+
+
+class Namespace(Resource):
+    """The network namespace that plays one `[hosts]` machine; its lo is up."""
+
+    host: str
+
+    @property
+    def key(self) -> str:
+        return f"namespace:{self.host}"
+
+    def describe(self) -> str:
+        return f"host {self.host} (network namespace)"
+
+
+class Bridge(Resource):
+    """A bridge of the lab's own. `addresses` are `a.b.c.d/len`; `forwarding` is IPv4's, per interface."""
+
+    live: ClassVar[frozenset[str]] = frozenset({"mac", "mtu", "addresses", "forwarding", "stp", "up"})
+    network: str
+    name: str
+    mac: str
+    mtu: int = 1500
+    addresses: tuple[str, ...] = ()
+    forwarding: bool = False
+    stp: bool = False
+    up: bool = True
+
+    @property
+    def key(self) -> str:
+        return f"bridge:{self.network}"
+
+    def describe(self) -> str:
+        words = [f"bridge {self.name}", *self.addresses]
+        if self.mtu != 1500:
+            words.append(f"mtu {self.mtu}")
+        if self.forwarding:
+            words.append("forwarding")
+        return " ".join(words)
+
+
+class Tap(Resource):
+    """A persistent tap on a bridge. `id` is what the key is made of: `vm1:0` or the name in `[taps]`.
+
+    `mac` is the host side's; `bridge` is the interface name of the bridge ("" for none); `owner` is a uid,
+    -1 for none.
+    """
+
+    live: ClassVar[frozenset[str]] = frozenset({"network", "bridge", "mac", "mtu", "up"})
+    id: str
+    name: str
+    network: str
+    bridge: str
+    mac: str
+    mtu: int = 1500
+    multi_queue: bool = False
+    vnet_hdr: bool = True
+    owner: int = -1
+    up: bool = True
+
+    @property
+    def key(self) -> str:
+        return f"tap:{self.id}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (f"bridge:{self.network}",)
+
+    def after_replace(self, needed: str) -> Self:
+        return msgspec.structs.replace(self, bridge="")
+
+    def describe(self) -> str:
+        return f"tap {self.name} on {self.bridge or 'no bridge'}"
+
+
+class Veth(Resource):
+    """A veth pair between a bridge and a host's namespace.
+
+    `name` is the bridge's end; `device`, `mac`, `addresses` (static ones), and `gateway` (of the default
+    route, "" for none) belong to the host's end.
+    """
+
+    live: ClassVar[frozenset[str]] = frozenset(
+        {"network", "bridge", "mtu", "mac", "addresses", "gateway", "up"}
+    )
+    id: str
+    name: str
+    network: str
+    bridge: str
+    host: str
+    device: str
+    mac: str
+    mtu: int = 1500
+    addresses: tuple[str, ...] = ()
+    gateway: str = ""
+    up: bool = True
+
+    @property
+    def key(self) -> str:
+        return f"veth:{self.id}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (f"bridge:{self.network}", f"namespace:{self.host}")
+
+    def after_replace(self, needed: str) -> Self | None:
+        if needed.startswith("bridge:"):
+            return msgspec.structs.replace(self, bridge="")
+        return None
+
+    def describe(self) -> str:
+        words = [f"veth {self.name} on {self.bridge or 'no bridge'}: {self.host} {self.device}", *self.addresses]
+        return " ".join(words)
+
+
+class Ruleset(Resource, eq=False):
+    """The lab's nft table. Two are equal when their digests are.
+
+    `text` is a script that makes the table: the rendered one when desired, the kernel's own listing when
+    observed (so a change can be undone). `digest` is that of the rendered text; "" when the table is not
+    as netorch left it.
+    """
+
+    live: ClassVar[frozenset[str]] = frozenset({"digest", "text"})
+    text: str
+    digest: str
+
+    @property
+    def key(self) -> str:
+        return "ruleset"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ruleset) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def describe(self) -> str:
+        return "nftables rules"
+
+    def changes(self, new: Resource) -> list[str]:
+        return ["rules" if self.digest else "changed by someone else"]
+
+
+class Forwarding(Resource):
+    """IPv4 forwarding on an interface that is not ours: the way out of a NAT or routed network."""
+
+    live: ClassVar[frozenset[str]] = frozenset({"on"})
+    name: str
+    on: bool = True
+
+    @property
+    def key(self) -> str:
+        return f"forwarding:{self.name}"
+
+    def describe(self) -> str:
+        return f"IPv4 forwarding on {self.name}"
+
+
+class Dnsmasq(Resource):
+    """The DHCP and DNS server of one network.
+
+    `config` is its configuration file, `hosts` the DHCP reservations and `names` the static names (in the
+    format of /etc/hosts); the last two are read again on SIGHUP.
+    """
+
+    live: ClassVar[frozenset[str]] = frozenset({"hosts", "names"})
+    network: str
+    config: str
+    hosts: str = ""
+    names: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"dnsmasq:{self.network}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (f"bridge:{self.network}",)
+
+    def after_replace(self, needed: str) -> Self:
+        return self  # bind-dynamic: it finds the bridge again by name
+
+    def describe(self) -> str:
+        return f"dnsmasq for {self.network}"
+
+    def changes(self, new: Resource) -> list[str]:
+        words = {"config": "configuration", "hosts": "reservations", "names": "names"}
+        return [words[f] for f in words if getattr(self, f) != getattr(new, f)]
+
+
+class DhcpClient(Resource):
+    """A DHCP client that keeps the address of one interface of a host."""
+
+    host: str
+    device: str
+
+    @property
+    def key(self) -> str:
+        return f"dhcp:{self.host}:{self.device}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (f"veth:{self.host}:{self.device.removeprefix('eth')}",)
+
+    def describe(self) -> str:
+        return f"DHCP client on {self.host} {self.device}"
+
+
+class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest's NIC: the device that it sees (`model`, `mac`) and the tap behind it."""
+
+    mac: str
+    model: str
+    tap: str
+    queues: int = 1
+
+
+class Guest(Resource):
+    """A running QEMU. `image` is `tiny` or an absolute path, run on an overlay; `memory` is in MiB.
+
+    `vnc` is a display number on loopback, -1 for none. `networks` are those whose services it waits for.
+    """
+
+    name: str
+    image: str
+    format: str
+    machine: str
+    accel: str
+    memory: int
+    cpus: int
+    nics: tuple[GuestNic, ...] = ()
+    networks: tuple[str, ...] = ()
+    vnc: int = -1
+
+    @property
+    def key(self) -> str:
+        return f"guest:{self.name}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        taps = tuple(f"tap:{self.name}:{index}" for index in range(len(self.nics)))
+        return ("ruleset", *taps, *(f"dnsmasq:{network}" for network in self.networks))
+
+    def after_replace(self, needed: str) -> Self | None:
+        return None if needed.startswith("tap:") else self
+
+    def describe(self) -> str:
+        return f"guest {self.name} ({self.image}, {self.memory} MiB, {_count(self.cpus, 'cpu')})"
+
+
+AnyResource = (
+    Record
+    | Namespace
+    | Bridge
+    | Tap
+    | Veth
+    | Ruleset
+    | Forwarding
+    | Dnsmasq
+    | DhcpClient
+    | Guest
+)
+
+
+class State:
+    """A set of resources by key: what a lab should be, or what the machine was seen to have."""
+
+    __slots__ = ("_resources",)
+
+    def __init__(self, resources: Iterable[Resource] = ()) -> None:
+        self._resources = {resource.key: resource for resource in resources}
+
+    def __iter__(self) -> Iterator[Resource]:
+        return iter(self._resources.values())
+
+    def __len__(self) -> int:
+        return len(self._resources)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._resources
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, State) and self._resources == other._resources
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._resources))
+
+    def __repr__(self) -> str:
+        return f"State({list(self)!r})"
+
+    def get(self, key: str) -> Resource | None:
+        return self._resources.get(key)
+
+    def of(self, kind: type[T]) -> list[T]:
+        """The resources of one class, in the order in which they were given."""
+        return [resource for resource in self if isinstance(resource, kind)]
+
+
+EMPTY = State()
+
+
+def encode(resource: Resource) -> str:
+    """The resource as one line of JSON, the form in which a process carries it in its environment."""
+    return msgspec.json.encode(resource).decode()
+
+
+def decode(text: str | bytes) -> AnyResource:
+    """The resource that `encode` wrote. Raises msgspec.DecodeError for anything else."""
+    return msgspec.json.decode(text, type=AnyResource)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_short, value)) or "none"
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

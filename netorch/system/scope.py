@@ -1,0 +1,89 @@
+"""The scope of one lab on one machine: its name, its marks and its directories.
+
+Marks, one for each place where the kernel lets us leave one:
+    links       alias `netorch:<lab>:<key>`, and a link group derived from the lab's name
+    nft         table `inet netorch_<lab>`
+    processes   environment NETORCH_LAB, NETORCH_PLACE (inode of the network namespace), NETORCH_RESOURCE
+    hosts       the file name that the namespace is mounted on: `netorch:<lab>:<host>:<place>`
+"""
+
+import os
+import zlib
+from pathlib import Path
+
+import msgspec
+
+from netorch.resources import Resource, encode
+
+
+class Scope(msgspec.Struct, frozen=True, kw_only=True):
+    """`place` is the inode of the network namespace that the lab lives in."""
+
+    lab: str
+    place: int
+    private: bool = False
+    run: Path  # 0700: configuration, logs, sockets, leases; gone after teardown
+    disks: Path  # overlays of guests' images; gone after teardown
+
+    def alias(self, key: str) -> str:
+        return f"netorch:{self.lab}:{key}"
+
+    @property
+    def group(self) -> int:
+        """The link group of the lab's ports (taps and veths); the bridges' is one higher."""
+        return 0x4E000000 | (zlib.crc32(self.lab.encode()) & 0x7FFFFF) << 1
+
+    @property
+    def table(self) -> str:
+        return f"netorch_{self.lab}"
+
+    @property
+    def namespaces(self) -> Path:
+        """The directory of the hosts' mounted namespaces; in a private place a tmpfs of the lab's own."""
+        return self.run / "netns" if self.private else Path("/run/netns")
+
+    def namespace(self, host: str) -> Path:
+        return self.namespaces / f"netorch:{self.lab}:{host}:{self.place}"
+
+    def environment(self, resource: Resource | None = None) -> dict[str, str]:
+        """The environment of a process of the lab: the caller's, with the lab's marks."""
+        marks = {"NETORCH_LAB": self.lab, "NETORCH_PLACE": str(self.place)}
+        if resource is not None:
+            marks["NETORCH_RESOURCE"] = encode(resource)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("NETORCH_")}
+        return {**inherited, **marks}
+
+
+def current_place() -> int:
+    """The inode of this process's network namespace."""
+    return os.stat("/proc/self/ns/net").st_ino
+
+
+def run_base() -> Path:
+    """Where run directories are: $NETORCH_RUN_DIR, /run/netorch for root, else below $XDG_RUNTIME_DIR."""
+    if chosen := os.environ.get("NETORCH_RUN_DIR"):
+        return Path(chosen)
+    uid = _uid()
+    if uid == 0:
+        return Path("/run/netorch")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.access(runtime, os.W_OK):
+        return Path(runtime, "netorch")
+    return Path(f"/tmp/netorch-{uid}")
+
+
+def disks_base() -> Path:
+    """Where overlays are: not on a tmpfs. $NETORCH_DISK_DIR, /var/lib/netorch for root, else $XDG_STATE_HOME."""
+    if chosen := os.environ.get("NETORCH_DISK_DIR"):
+        return Path(chosen)
+    if _uid() == 0:
+        return Path("/var/lib/netorch")
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(state, "netorch")
+
+
+def _uid() -> int:
+    """The uid outside of a private place, where the lab's owner plays root."""
+    with open("/proc/self/uid_map") as uid_map:
+        inside, outside, _count = map(int, uid_map.readline().split())
+    return outside if os.getuid() == inside else os.getuid()

@@ -1,0 +1,172 @@
+#!/bin/sh
+# The init of netorch's built-in guest image `tiny`, and everything else that runs in it.
+#
+# One script under several names, chosen by $0:
+#   /init                       PID 1: mount, load the NICs' drivers, start DHCP, then hand over
+#                               to busybox init, which keeps the shell on the console alive
+#   /lib/netorch/late           the rest of the start, which no lease waits for: other drivers,
+#                               the guest agent, the power button, the listener for hot-plug
+#   /lib/netorch/dhcp           udhcpc's script
+#   /lib/netorch/hotplug        runs for every kernel uevent
+#   /etc/acpi/PWRF/00000080     the power button
+#   /sbin/{poweroff,halt,reboot,shutdown}
+#
+# Order is speed: under TCG a fork with an exec costs about 5 ms, so what the first DHCPDISCOVER
+# does not need comes after it, and tests are the shell's own where it has one. Nothing here waits
+# by sleeping: devices that come later arrive as uevents. Every step may run twice.
+
+export PATH=/sbin:/bin HOME=/root TERM=${TERM:-linux}
+
+say() {
+    echo "netorch-tiny: $*" > /dev/console
+}
+
+# once NAME: true for the first caller in this boot only; noclobber makes it atomic, without a fork.
+once() {
+    (set -C; : > "/run/$1") 2> /dev/null
+}
+
+# The modaliases of devices that no driver has, of the given buses' devices.
+orphans() {
+    for device in "$@"; do
+        [ -e "$device/driver" ] || ! read -r alias < "$device/modalias" || echo "$alias"
+    done 2> /dev/null
+}
+
+start_dhcp() {
+    for nic in /sys/class/net/*; do
+        nic=${nic##*/}
+        # Type 1 is Ethernet. udhcpc retries each second for ever, and stays to renew.
+        [ -e "/sys/class/net/$nic/device" ] && once "dhcp.$nic" || continue
+        ip link set "$nic" up
+        udhcpc -f -i "$nic" -s /lib/netorch/dhcp -p "/run/udhcpc.$nic.pid" -t 20 -T 1 -A 1 \
+            -O mtu ${name:+-x "hostname:$name"} > /dev/null 2>&1 &
+    done
+}
+
+start_agent() {
+    for port in /sys/class/virtio-ports/*; do
+        read -r role 2> /dev/null < "$port/name" || continue
+        [ "$role" = org.qemu.guest_agent.0 ] && once agent || continue
+        qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run > /run/qemu-ga.log 2>&1 &
+    done
+}
+
+as_init() {
+    mount -t devtmpfs dev /dev
+    mount -t proc proc /proc
+    mount -t sysfs sys /sys
+    mount -t tmpfs -o mode=755 run /run
+    read -r line < /proc/cmdline
+    for word in $line; do
+        case $word in
+            netorch.hostname=*) name=${word#*=} ;;
+        esac
+    done
+    echo "${name:-tiny}" > /proc/sys/kernel/hostname
+    # Network class devices first, and for a virtio one (vendor 1af4) its driver with its bus's.
+    nics=
+    for device in /sys/bus/pci/devices/*; do
+        read -r class < "$device/class"
+        case $class in
+            0x02*)
+                read -r alias < "$device/modalias"
+                nics="$nics $alias"
+                case $alias in pci:v00001AF4*) nics="$nics virtio_net" ;; esac
+                ;;
+        esac
+    done
+    [ -z "$nics" ] || modprobe -a -q -b $nics 2> /dev/null
+    ip link set lo up
+    start_dhcp
+    exec init
+}
+
+as_late() {
+    mkdir -p /dev/pts /dev/shm
+    mount -t devpts devpts /dev/pts
+    mount -t tmpfs shm /dev/shm
+    uevent /lib/netorch/hotplug > /dev/null 2>&1 &
+    load_all
+    acpid -d -l /dev/null > /dev/null 2>&1 &
+    start_agent
+    # A second look, for what came after the first one and before the listener was there.
+    start_dhcp
+}
+
+load_all() {
+    aliases=$(orphans /sys/bus/pci/devices/* /sys/bus/acpi/devices/LNXPWRBN:* \
+        /sys/bus/acpi/devices/PNP0C0C:*)
+    modprobe -a -q -b $aliases evdev 2> /dev/null
+    # What those drivers found: the virtio buses, and the disks behind the controllers.
+    aliases=$(orphans /sys/bus/virtio/devices/* /sys/bus/scsi/devices/* /sys/bus/usb/devices/*)
+    [ -z "$aliases" ] || modprobe -a -q -b $aliases 2> /dev/null
+}
+
+as_hotplug() {
+    [ "$ACTION" = add ] || exit 0
+    [ -z "$MODALIAS" ] || modprobe -q -b "$MODALIAS" 2> /dev/null
+    case $SUBSYSTEM in
+        net) start_dhcp ;;
+        virtio-ports) start_agent ;;
+    esac
+}
+
+write_resolv() {
+    cat /run/resolv.* > /etc/resolv.conf 2> /dev/null
+}
+
+as_dhcp() {
+    case $1 in
+        deconfig)
+            # At the start of udhcpc there is nothing to take away.
+            [ -e "/run/lease.$interface" ] || exit 0
+            rm -f "/run/lease.$interface" "/run/resolv.$interface"
+            ip addr flush dev "$interface"
+            write_resolv
+            ;;
+        bound | renew)
+            [ -z "$mtu" ] || ip link set "$interface" mtu "$mtu"
+            read -r old 2> /dev/null < "/run/lease.$interface"
+            [ -z "$old" ] || [ "$old" = "$ip/$mask" ] || ip addr flush dev "$interface"
+            ip addr replace "$ip/$mask" ${broadcast:+broadcast "$broadcast"} dev "$interface"
+            read -r index < "/sys/class/net/$interface/ifindex"
+            for gateway in $router; do
+                ip route replace default via "$gateway" dev "$interface" metric $((100 + index))
+                break
+            done
+            [ "$1 $old" = "renew $ip/$mask" ] || say "$interface $ip/$mask${router:+ gw ${router%% *}}"
+            echo "$ip/$mask" > "/run/lease.$interface"
+            {
+                [ -z "$domain" ] || echo "search $domain"
+                for server in $dns; do
+                    echo "nameserver $server"
+                done
+            } > "/run/resolv.$interface"
+            write_resolv
+            [ -z "$hostname" ] || echo "$hostname" > /proc/sys/kernel/hostname
+            ;;
+    esac
+}
+
+# The guest's memory is its root, so only mounted disks have anything to lose.
+stop() {
+    sync
+    umount -a -r 2> /dev/null
+    exec busybox "$1" -f
+}
+
+case $0 in
+    /init) as_init ;;
+    */late) as_late ;;
+    */dhcp) as_dhcp "$1" ;;
+    */hotplug) as_hotplug ;;
+    */reboot) stop reboot ;;
+    */shutdown)
+        case " $* " in
+            *" -r "*) stop reboot ;;
+        esac
+        stop poweroff
+        ;;
+    *) stop poweroff ;;
+esac

@@ -1,0 +1,112 @@
+"""The built-in guest image `tiny`: a kernel and an initramfs, built once, then found in a cache.
+
+Theory of operation
+-------------------
+The cache directory ($XDG_CACHE_HOME/netorch, by default ~/.cache/netorch) holds
+
+    tiny-<digest>/kernel, initrd     an image; the digest covers every byte of both
+    tiny-current-<key>               a pointer: the name of the directory to use
+    tiny.lock                        held (flock) by the one process that builds
+
+The pointer's key is what netorch itself contributes: the format version below, the architecture
+and the guest's init script. So a hit costs two small reads and no process; and a new netorch
+makes a new image, while a new kernel on the host does not (remove the pointer to get one).
+
+An image is built in a directory beside its final place and renamed into it; the pointer is
+written after that, by a rename as well. A crash leaves a `.tiny-*` directory, which the next
+builder removes: it holds the lock, so nobody else's can be alive. Whoever waited for the lock
+looks for the pointer again before it builds.
+
+The modules that build are imported only then.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from netorch.errors import ImageError
+
+_FORMAT = 1  # to be raised when the builder changes what it puts into an image
+_INIT = Path(__file__).with_name("tiny-init.sh")
+
+# Each word with what it saves or makes possible, measured on q35 under TCG.
+CMDLINE = "console=ttyS0 quiet"
+
+
+@dataclass(frozen=True)
+class TinyImage:
+    """What QEMU needs for -kernel, -initrd and, as the start of it, -append."""
+
+    kernel: Path
+    initrd: Path
+    cmdline: str
+
+
+def tiny_image(progress: Callable[[str], None]) -> TinyImage:
+    """The image for this netorch on this machine, from the cache or else built now.
+
+    ``progress`` gets a line for every step that takes long; it is not called on a cache hit.
+    Raises ImageError, with what to install or run, where the image can't be built.
+    """
+    cache = _cache_directory()
+    try:
+        init = _INIT.read_bytes()
+        pointer = cache / f"tiny-current-{_FORMAT}-{os.uname().machine}-{zlib.crc32(init):08x}"
+        return _read(pointer) or _build(pointer, init, progress)
+    except OSError as error:
+        raise ImageError(f"failed to build the image tiny in {cache}: {error}") from error
+
+
+def _cache_directory() -> Path:
+    configured = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG base directory specification: a relative path is invalid and to be ignored.
+    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
+    return base / "netorch"
+
+
+def _read(pointer: Path) -> TinyImage | None:
+    """The image that a pointer names; None if there is no pointer, or it names nothing."""
+    try:
+        directory = pointer.with_name(pointer.read_text())
+    except FileNotFoundError:
+        return None
+    image = TinyImage(directory / "kernel", directory / "initrd", CMDLINE)
+    return image if image.kernel.is_file() and image.initrd.is_file() else None
+
+
+def _build(pointer: Path, init: bytes, progress: Callable[[str], None]) -> TinyImage:
+    import fcntl
+    import shutil
+    import tempfile
+
+    from netorch.system.tiny_build import build
+
+    cache = pointer.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "tiny.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another netorch, which is building the image tiny")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        image = _read(pointer)
+        if image is not None:
+            return image
+        for leftover in cache.glob(".tiny-*"):
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(prefix=".tiny-", dir=cache) as scratch:
+            result = Path(scratch, "image")
+            result.mkdir()
+            digest = build(init, result, Path(scratch), progress)
+            directory = cache / f"tiny-{digest}"
+            if directory.exists():  # the same bytes, unless a part of them was removed
+                shutil.rmtree(directory)
+            result.rename(directory)
+            new = Path(scratch, "pointer")
+            new.write_text(directory.name)
+            new.rename(pointer)
+    return TinyImage(directory / "kernel", directory / "initrd", CMDLINE)
