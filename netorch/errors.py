@@ -16,6 +16,32 @@ prints them and turns them into exit statuses.
 
 from collections.abc import Sequence
 
+Key = tuple[str | int, ...]
+"""Where a value stands in a topology: the names and indices that lead to it."""
+
+Finding = tuple[Key, str, str]
+"""A mistake before its line is known: where, what is wrong, what would be right."""
+
+
+def dotted(key: Key) -> str:
+    """The key as TOML writes it, with indices: `guests.vm1.nics[0].network`, `guests."vm 1"`."""
+    text = ""
+    for part in key:
+        if isinstance(part, int):
+            text += f"[{part}]"
+            continue
+        bare = part.isascii() and part.replace("-", "a").replace("_", "a").isalnum()
+        text += "." * bool(text) + (part if bare else quoted(part))
+    return text
+
+
+def quoted(text: str) -> str:
+    """The text between quotes, on one line, the middle of a long one left out."""
+    if len(text) > 60:
+        text = f"{text[:40]}…{text[-15:]}"
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return '"' + "".join(escaped).replace('"', '\\"') + '"'
+
 
 class NetorchError(Exception):
     """A failure with a reason (`message`) and, where there is one, a way out (`hint`)."""

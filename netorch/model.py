@@ -1,8 +1,9 @@
 """The model: what a person writes, as frozen values. The same classes are the Python API.
 
-The classes say which keys exist, of which type, and with which default; `netorch.topology` reads a file
-into them and checks what types can't say. docs/topology.md describes every key, and a test holds the two
-together. A default of None means "derived": the compiler chooses (a bridge's name, a MAC, an address).
+The classes say which keys exist, of which type, and with which default; `netorch.topology` reads a
+file into them and checks what types can't say. docs/topology.md describes every key, and a test
+holds the two together. A default of None means "derived": the compiler chooses (a bridge's name, a
+MAC, an address).
 """
 
 from typing import Annotated, Literal
@@ -10,38 +11,64 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
-INTERFACE = r"^[^\s/:]{1,15}$"
+# `(?!\n)`: Python's `$`, unlike JSON Schema's, lets a newline follow, and dnsmasq would read it.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$(?!\n)"
+INTERFACE = r"^[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,14}$(?!\n)"
+MAC = r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$(?!\n)"
+LEASE = r"^([0-9]{1,9}[smhdw]?|infinite)$(?!\n)"
+USER = r"^[^\s:\x00]{1,255}$(?!\n)"
 
-Name = Annotated[str, Meta(pattern=NAME, description="letters, digits, `_`, `.`, `-`; 1 to 63 of them")]
-Interface = Annotated[str, Meta(pattern=INTERFACE, description="an interface name, at most 15 bytes")]
-Mac = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$", description="a MAC address")]
-Address = Annotated[str, Meta(description="an IPv4 address with its prefix length, `192.168.122.1/24`")]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=NAME,
+        description="a name: letters, digits, `_`, `.`, `-`, at most 63 of them, "
+        "the first a letter or digit",
+    ),
+]
+Interface = Annotated[
+    str,
+    Meta(
+        pattern=INTERFACE,
+        description="an interface name: at most 15 letters, digits, `_`, `.`, `-`, `@`, `+`, "
+        "the first a letter, digit or `_`",
+    ),
+]
+Mac = Annotated[str, Meta(pattern=MAC, description="a MAC address such as 52:54:00:12:34:56")]
+Lease = Annotated[
+    str, Meta(pattern=LEASE, description='a lease time such as "30m", "1h", "7d" or "infinite"')
+]
+User = Annotated[str, Meta(pattern=USER, description="a user's name")]
+Memory = Annotated[str, Meta(description='an amount of memory such as "256M" or "1G"')]
 Mode = Literal["nat", "route", "open", "isolated", "bridge"]
 Model = Literal["virtio-net-pci", "e1000", "rtl8139"]
 
 
-class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class _Table(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     pass
 
 
-class Lab(_Table):
+class Lab(_Table, frozen=True):
     """`[lab]`: the lab as a whole."""
 
     name: Name | None = None  # the file's name without .toml
     place: Literal["auto", "current", "private"] = "auto"
     uplink: Literal["auto", "pasta", "slirp4netns", "none"] = "auto"  # of a private place
-    timeout: Annotated[int, Meta(ge=1, le=3600)] = 120  # seconds until every guest must have its lease
+    timeout: Annotated[int, Meta(ge=1, le=3600)] = (
+        120  # seconds until every guest must have its lease
+    )
 
 
-class Dhcp(_Table):
+class Dhcp(_Table, frozen=True):
     """`dhcp` of a network: the range that dnsmasq serves."""
 
     range: tuple[str, str] | None = None  # all addresses but the gateway's
-    lease: Annotated[str, Meta(pattern=r"^(\d+[smhdw]?|infinite)$")] = "1h"
+    lease: Lease = "1h"
 
 
-class Network(_Table):
+class Network(_Table, frozen=True):
     """`[networks.NAME]`: a bridge and its services."""
 
     mode: Mode = "nat"
@@ -56,7 +83,7 @@ class Network(_Table):
     stp: bool = False
 
 
-class Nic(_Table):
+class Nic(_Table, frozen=True):
     """One of a guest's `nics`. `address` is a DHCP reservation."""
 
     network: Name
@@ -67,7 +94,7 @@ class Nic(_Table):
     tap: Interface | None = None
 
 
-class HostNic(_Table):
+class HostNic(_Table, frozen=True):
     """One of a host's `nics`. `address` is static with a prefix length, or "dhcp"."""
 
     network: Name
@@ -76,12 +103,12 @@ class HostNic(_Table):
     mac: Mac | None = None
 
 
-class Guest(_Table):
+class Guest(_Table, frozen=True):
     """`[guests.NAME]`: a QEMU virtual machine."""
 
     image: str = "tiny"
     format: Literal["auto", "qcow2", "raw"] = "auto"
-    memory: int | str = "256M"
+    memory: int | Memory = "256M"
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
     machine: Literal["q35", "pc"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
@@ -89,22 +116,22 @@ class Guest(_Table):
     nics: tuple[Nic, ...] = ()
 
 
-class Host(_Table):
+class Host(_Table, frozen=True):
     """`[hosts.NAME]`: a network namespace that plays a machine."""
 
     nics: tuple[HostNic, ...] = ()
 
 
-class Taps(_Table):
+class Taps(_Table, frozen=True):
     """`[taps.NAME]`: taps for virtual machines that something else starts."""
 
     network: Name
     count: Annotated[int, Meta(ge=1, le=1023)] = 1
-    owner: str | Annotated[int, Meta(ge=0)] | None = None
+    owner: User | Annotated[int, Meta(ge=0, le=0xFFFFFFFE)] | None = None
     queues: Annotated[int, Meta(ge=1, le=256)] = 1
 
 
-class Topology(_Table):
+class Topology(_Table, frozen=True):
     """A whole file."""
 
     lab: Lab = Lab()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from netorch.resources import EMPTY, Resource, State
+from netorch.resources import Resource, State
 
 
 class Action(msgspec.Struct, frozen=True, tag_field="action", tag=str.lower):
@@ -150,11 +150,6 @@ def diff(desired: State, observed: State) -> Plan:
                 updates.append(Update(left[key], new))
         steps += [step for step in (creates, updates) if step]
     return Plan(steps, reasons)
-
-
-def teardown(observed: State) -> Plan:
-    """The plan that takes everything away."""
-    return diff(EMPTY, observed)
 
 
 def _can_update(old: Resource, new: Resource) -> bool:

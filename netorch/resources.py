@@ -50,7 +50,7 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
         ]
 
 
-class Record(Resource):
+class Record(Resource, frozen=True):
     """The topology as it was applied, kept in the run directory for `status` and the commands after it."""
 
     live: ClassVar[frozenset[str]] = frozenset({"text", "source"})
@@ -72,10 +72,12 @@ class Record(Resource):
         return ["topology as applied"]
 
 
-class Namespace(Resource):
-    """The network namespace that plays one `[hosts]` machine; its lo is up."""
+class Namespace(Resource, frozen=True):
+    """The network namespace that plays one `[hosts]` machine. `up`: it is mounted, and its lo is up."""
 
+    live: ClassVar[frozenset[str]] = frozenset({"up"})
     host: str
+    up: bool = True
 
     @property
     def key(self) -> str:
@@ -85,7 +87,7 @@ class Namespace(Resource):
         return f"host {self.host} (network namespace)"
 
 
-class Bridge(Resource):
+class Bridge(Resource, frozen=True):
     """A bridge of the lab's own. `addresses` are `a.b.c.d/len`; `forwarding` is IPv4's, per interface."""
 
     live: ClassVar[frozenset[str]] = frozenset({"mac", "mtu", "addresses", "forwarding", "stp", "up"})
@@ -111,7 +113,7 @@ class Bridge(Resource):
         return " ".join(words)
 
 
-class Tap(Resource):
+class Tap(Resource, frozen=True):
     """A persistent tap on a bridge. `id` is what the key is made of: `vm1:0` or the name in `[taps]`.
 
     `mac` is the host side's; `bridge` is the interface name of the bridge ("" for none); `owner` is a uid,
@@ -145,7 +147,7 @@ class Tap(Resource):
         return f"tap {self.name} on {self.bridge or 'no bridge'}"
 
 
-class Veth(Resource):
+class Veth(Resource, frozen=True):
     """A veth pair between a bridge and a host's namespace.
 
     `name` is the bridge's end; `device`, `mac`, `addresses` (static ones), and `gateway` (of the default
@@ -185,7 +187,7 @@ class Veth(Resource):
         return " ".join(words)
 
 
-class Ruleset(Resource, eq=False):
+class Ruleset(Resource, frozen=True, eq=False):
     """The lab's nft table. Two are equal when their digests are.
 
     `text` is a script that makes the table: the rendered one when desired, the kernel's own listing when
@@ -214,7 +216,7 @@ class Ruleset(Resource, eq=False):
         return ["rules" if self.digest else "changed by someone else"]
 
 
-class Forwarding(Resource):
+class Forwarding(Resource, frozen=True):
     """IPv4 forwarding on an interface that is not ours: the way out of a NAT or routed network."""
 
     live: ClassVar[frozenset[str]] = frozenset({"on"})
@@ -229,7 +231,7 @@ class Forwarding(Resource):
         return f"IPv4 forwarding on {self.name}"
 
 
-class Dnsmasq(Resource):
+class Dnsmasq(Resource, frozen=True):
     """The DHCP and DNS server of one network.
 
     `config` is its configuration file, `hosts` the DHCP reservations and `names` the static names (in the
@@ -261,7 +263,7 @@ class Dnsmasq(Resource):
         return [words[f] for f in words if getattr(self, f) != getattr(new, f)]
 
 
-class DhcpClient(Resource):
+class DhcpClient(Resource, frozen=True):
     """A DHCP client that keeps the address of one interface of a host."""
 
     host: str
@@ -288,12 +290,14 @@ class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
     queues: int = 1
 
 
-class Guest(Resource):
+class Guest(Resource, frozen=True):
     """A running QEMU. `image` is `tiny` or an absolute path, run on an overlay; `memory` is in MiB.
 
     `vnc` is a display number on loopback, -1 for none. `networks` are those whose services it waits for.
+    `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
     """
 
+    live: ClassVar[frozenset[str]] = frozenset({"state"})
     name: str
     image: str
     format: str
@@ -304,6 +308,7 @@ class Guest(Resource):
     nics: tuple[GuestNic, ...] = ()
     networks: tuple[str, ...] = ()
     vnc: int = -1
+    state: str = "running"
 
     @property
     def key(self) -> str:
@@ -379,7 +384,8 @@ def encode(resource: Resource) -> str:
 
 def decode(text: str | bytes) -> AnyResource:
     """The resource that `encode` wrote. Raises msgspec.DecodeError for anything else."""
-    return msgspec.json.decode(text, type=AnyResource)
+    resource: AnyResource = msgspec.json.decode(text, type=AnyResource)
+    return resource
 
 
 def _short(value: object) -> str:

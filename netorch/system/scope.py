@@ -16,6 +16,10 @@ import msgspec
 from netorch.resources import Resource, encode
 
 
+TABLE_PREFIX = "netorch_"
+CLAIMS_PREFIX = "netorchundo_"
+
+
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
     """`place` is the inode of the network namespace that the lab lives in."""
 
@@ -35,7 +39,12 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def table(self) -> str:
-        return f"netorch_{self.lab}"
+        return TABLE_PREFIX + self.lab
+
+    @property
+    def claims(self) -> str:
+        """The nft table that remembers what foreign interfaces were like."""
+        return CLAIMS_PREFIX + self.lab
 
     @property
     def namespaces(self) -> Path:
@@ -63,27 +72,27 @@ def run_base() -> Path:
     """Where run directories are: $NETORCH_RUN_DIR, /run/netorch for root, else below $XDG_RUNTIME_DIR."""
     if chosen := os.environ.get("NETORCH_RUN_DIR"):
         return Path(chosen)
-    uid = _uid()
-    if uid == 0:
+    if _is_root():
         return Path("/run/netorch")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK):
         return Path(runtime, "netorch")
-    return Path(f"/tmp/netorch-{uid}")
+    return Path(f"/tmp/netorch-{os.geteuid()}")
 
 
 def disks_base() -> Path:
-    """Where overlays are: not on a tmpfs. $NETORCH_DISK_DIR, /var/lib/netorch for root, else $XDG_STATE_HOME."""
+    """Where overlays are, never on a tmpfs: $NETORCH_DISK_DIR, /var/lib/netorch for root, else the user's state.
+
+    The user's is below $XDG_STATE_HOME, by default ~/.local/state.
+    """
     if chosen := os.environ.get("NETORCH_DISK_DIR"):
         return Path(chosen)
-    if _uid() == 0:
+    if _is_root():
         return Path("/var/lib/netorch")
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(state, "netorch")
 
 
-def _uid() -> int:
-    """The uid outside of a private place, where the lab's owner plays root."""
-    with open("/proc/self/uid_map") as uid_map:
-        inside, outside, _count = map(int, uid_map.readline().split())
-    return outside if os.getuid() == inside else os.getuid()
+def _is_root() -> bool:
+    """Root of the machine or a container, and not somebody who only plays root in a user namespace."""
+    return os.geteuid() == 0 and os.access("/run", os.W_OK) and os.access("/var/lib", os.W_OK)

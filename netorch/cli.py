@@ -1,0 +1,226 @@
+"""The command line: one function a command; the only place that prints, exits and handles signals.
+
+Each command imports what it needs when it runs: `--version` and `check` must start as fast as Python does.
+Reports go to stdout, progress and errors to stderr.
+
+Exit status: 0 done, in sync; 1 failed; 2 wrong usage or an invalid file; 3 differs (`plan`, `status`).
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from netorch import __version__
+from netorch.errors import ApplyError, NetorchError, TopologyError, UsageError
+
+if TYPE_CHECKING:
+    from netorch.model import Topology
+
+FILE = click.argument("file", type=click.Path(path_type=Path))
+LAB = click.argument("lab", required=False)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+PLACE = click.option(
+    "--private",
+    "place",
+    flag_value="private",
+    default="auto",
+    help="Use a private namespace even if the current one could be changed.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="netorch %(version)s")
+def cli() -> None:
+    """One TOML file becomes a running QEMU network lab, and goes away without a trace."""
+
+
+@cli.command()
+@FILE
+@PLACE
+@JSON
+def apply(file: Path, place: str, as_json: bool) -> None:
+    """Bring up the lab that FILE describes, or change the running one to match."""
+    from netorch import labs, report
+
+    topology = _load(file)
+    progress = report.Printer(sys.stderr, _quiet_signals)
+    outcome = labs.apply(topology, str(file.resolve()), place, progress)  # type: ignore[arg-type]
+    if as_json:
+        report.json_out(report.plan_json(outcome))
+    else:
+        report.up(outcome, progress)
+
+
+@cli.command()
+@FILE
+@PLACE
+@JSON
+def plan(file: Path, place: str, as_json: bool) -> None:
+    """Show what `apply FILE` would do; change nothing. Exit status 3 if there is something to do."""
+    from netorch import labs, report
+
+    outcome = labs.plan(_load(file), str(file.resolve()), place)  # type: ignore[arg-type]
+    if as_json:
+        report.json_out(report.plan_json(outcome))
+    else:
+        report.plan_text(outcome)
+    sys.exit(3 if outcome.plan else 0)
+
+
+@cli.command()
+@FILE
+def check(file: Path) -> None:
+    """Check FILE and say all that is wrong with it; the machine is not touched."""
+    from netorch.compiler import compile
+    from netorch.facts import Facts
+
+    topology = _load(file)
+    users = {t.owner: 0 for t in topology.taps.values() if isinstance(t.owner, str)}
+    compile(topology, Facts(users=users), Path("/run/netorch") / topology.name, "netorch")
+    click.echo(f"{file}: ok")
+
+
+@cli.command()
+@LAB
+@JSON
+def status(lab: str | None, as_json: bool) -> None:
+    """Compare a running lab with the file as it was applied. Exit status 3 if something differs."""
+    from netorch import labs, report
+
+    standing = labs.status(labs.find(lab))
+    if as_json:
+        report.json_out(report.status_json(standing))
+    else:
+        report.status_text(standing)
+    sys.exit(0 if standing.in_sync else 3)
+
+
+@cli.command()
+@JSON
+def ls(as_json: bool) -> None:
+    """List the labs that run here."""
+    from netorch import labs, report
+
+    there = labs.labs()
+    if as_json:
+        report.json_out([report.lab_json(lab) for lab in there])
+    else:
+        report.labs_text(there)
+
+
+@cli.command()
+@LAB
+@click.option("--all", "every", is_flag=True, help="All labs that run here.")
+def teardown(lab: str | None, every: bool) -> None:
+    """Take a lab away: guests, services, rules, links, files. Needs no file."""
+    from netorch import labs, report
+
+    if lab and every:
+        raise UsageError("--all takes no name")
+    failed = False
+    for there in labs.labs() if every else [labs.find(lab)]:
+        progress = report.Printer(sys.stderr, _quiet_signals)
+        errors = labs.teardown(there, progress)
+        report.down(there, progress, errors)
+        failed = failed or bool(errors)
+    sys.exit(1 if failed else 0)
+
+
+@cli.command()
+@LAB
+@JSON
+def leases(lab: str | None, as_json: bool) -> None:
+    """Show the DHCP leases of a lab."""
+    from netorch import labs, report
+
+    found = labs.find(lab)
+    if as_json:
+        report.json_out(report.leases_json(found))
+    else:
+        report.leases_text(found)
+
+
+@cli.command(name="exec", context_settings={"ignore_unknown_options": True})
+@click.option("--lab", help="The lab, where more than one runs.")
+@click.argument("node")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def exec_(lab: str | None, node: str, command: tuple[str, ...]) -> None:
+    """Run a command in a host, or through the guest agent in a guest: `netorch exec vm1 -- ip addr`."""
+    from netorch import nodes
+
+    sys.exit(nodes.run(nodes.find(lab, node), command))
+
+
+@cli.command()
+@click.option("--lab", help="The lab, where more than one runs.")
+@click.argument("guest")
+def console(lab: str | None, guest: str) -> None:
+    """Open the serial console of a guest; Ctrl-] leaves it."""
+    from netorch import nodes
+
+    sys.exit(nodes.console(nodes.find(lab, guest)))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of a topology file, for editors."""
+    from netorch import report
+    from netorch.schema import schema as of_file
+
+    report.json_out(of_file())
+
+
+def main() -> NoReturn:
+    """Entry point. Turns errors into messages and exit statuses."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except TopologyError as error:
+        click.echo(error.message, err=True)
+        count = len(error.mistakes)
+        click.echo(f"{count} mistake{'s' if count != 1 else ''}; nothing was changed", err=True)
+        sys.exit(2)
+    except NetorchError as error:
+        _complain(error)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is silent
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _load(file: Path) -> "Topology":
+    from netorch.topology import load
+
+    return load(file)
+
+
+def _complain(error: NetorchError) -> None:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error.message}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+    if isinstance(error, ApplyError):
+        for line in error.undone:
+            click.echo(f"undone: {line}", err=True)
+        for line in error.left:
+            click.echo(f"{click.style('left behind:', fg='red')} {line}", err=True)
+        if not error.undone and not error.left:
+            click.echo("nothing had to be undone", err=True)
+
+
+def _quiet_signals() -> None:
+    """A rollback that is interrupted would leave what it was called to remove."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+

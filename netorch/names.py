@@ -1,0 +1,32 @@
+"""Names of interfaces that nobody wrote: derived from the topology alone, at most 15 bytes."""
+
+from netorch.model import Network, Nic, Taps
+
+
+def bridge_name(network: str, definition: Network) -> str:
+    """The bridge's interface name: libvirt's for `default`, else `br-<network>`."""
+    return definition.bridge or ("virbr0" if network == "default" else shorten(f"br-{network}"))
+
+
+def tap_name(guest: str, index: int, nic: Nic) -> str:
+    """The tap of a guest's NIC: `vm1-0`."""
+    return nic.tap or shorten(f"{guest}-{index}")
+
+
+def tap_names(name: str, taps: Taps) -> list[str]:
+    """The taps of `[taps.NAME]`: `lab0`, `lab1`, ..."""
+    return [shorten(f"{name}{index}") for index in range(taps.count)]
+
+
+def veth_name(host: str, index: int) -> str:
+    """The bridge's end of a host's NIC: `server-0`."""
+    return shorten(f"{host}-{index}")
+
+
+def shorten(name: str) -> str:
+    """`name` as an interface name: at most 15 bytes; a longer one is its start and a hash."""
+    if len(name) <= 15:
+        return name
+    import hashlib  # costs 3 ms, and few names are long
+
+    return f"{name[:8]}-{hashlib.blake2s(name.encode()).hexdigest()[:6]}"

@@ -1,0 +1,101 @@
+"""Nodes: running a command in a host or a guest, and a guest's console."""
+
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from netorch.errors import UsageError
+from netorch.labs import Lab, find_all, topology_of
+from netorch.resources import Bridge, State, Veth
+from netorch.system import rundir
+from netorch.system.places import enter
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A guest or a host of a running lab."""
+
+    lab: Lab
+    name: str
+    is_guest: bool
+
+
+def find(lab: str | None, name: str) -> Node:
+    """The node called `name`, in `lab` or in the only lab that has one. Raises UsageError."""
+    found: list[Node] = []
+    known: list[str] = []
+    for there in find_all(lab):
+        record = rundir.recorded(there.run)
+        if record is None:
+            continue
+        topology = topology_of(record)
+        known += [*topology.guests, *topology.hosts]
+        if name in topology.guests or name in topology.hosts:
+            found.append(Node(there, name, name in topology.guests))
+    if not found:
+        raise UsageError(f"no guest or host {name!r} is running here", f"running: {', '.join(known) or 'none'}")
+    if len(found) > 1:
+        labs = ", ".join(node.lab.name for node in found)
+        raise UsageError(f"more than one lab has {name!r}", f"say which with --lab: {labs}")
+    return found[0]
+
+
+def run(node: Node, command: Sequence[str]) -> int:
+    """Run a command in the node with this process's input and output; returns its exit status.
+
+    In a host the command takes the place of this process. In a guest it runs through the guest agent, which
+    hands over all output at the end.
+    """
+    if node.lab.place.private:
+        enter(node.lab.place)
+    if node.is_guest:
+        return _in_guest(node, command)
+    return _in_host(node, command)
+
+
+def console(node: Node) -> int:
+    """Connect the terminal with the guest's serial port; returns 0 once the person leaves."""
+    from netorch.system.console import console as open_console
+
+    if not node.is_guest:
+        raise UsageError(f"{node.name} is a host and has no console", f"netorch exec {node.name} -- sh")
+    if node.lab.place.private:
+        enter(node.lab.place)
+    directory = node.lab.run / "guests" / node.name
+    return open_console(directory / "serial.sock", log=directory / "serial.log")
+
+
+def _in_guest(node: Node, command: Sequence[str]) -> int:
+    from netorch.system.qmp import agent_exec
+
+    data = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+    done = agent_exec(node.lab.scope, node.name, command, data)
+    sys.stdout.buffer.write(done.out)
+    sys.stderr.buffer.write(done.err)
+    return done.code
+
+
+def _in_host(node: Node, command: Sequence[str]) -> int:
+    from netorch.system.hosts import exec_in_host
+
+    servers, domain = _name_service(node)
+    exec_in_host(node.lab.scope, node.name, command, servers, domain)
+
+
+def _name_service(node: Node) -> tuple[list[str], str]:
+    """The name servers that a host should ask, those of its networks, and the first domain of these."""
+    from netorch.system.links import Links
+
+    state = State(Links(node.lab.scope).observe())
+    record = rundir.recorded(node.lab.run)
+    networks = topology_of(record).networks if record else {}
+    servers: list[str] = []
+    domain = ""
+    for veth in state.of(Veth):
+        network = networks.get(veth.network)
+        bridge = state.get(f"bridge:{veth.network}")
+        if veth.host != node.name or network is None or not network.dns or not isinstance(bridge, Bridge):
+            continue
+        servers += [address.partition("/")[0] for address in bridge.addresses]
+        domain = domain or network.domain or ""
+    return servers, domain

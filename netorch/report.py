@@ -1,0 +1,205 @@
+"""What the commands print: text for people, JSON for programs."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO, Any
+
+import click
+import msgspec
+
+from netorch.engine import Progress
+from netorch.labs import Lab, Outcome, Standing, topology_of
+from netorch.planner import Action, Create, Delete, Update
+from netorch.resources import Resource
+from netorch.system import leases, rundir
+from netorch.system.places import Place
+
+SIGNS: dict[type[Action], tuple[str, str]] = {
+    Create: ("+", "green"),
+    Delete: ("-", "red"),
+    Update: ("~", "yellow"),
+}
+COLOURS = {"ok": "green", "missing": "red", "changed": "yellow", "stray": "magenta"}
+
+
+class Printer(Progress):
+    """Prints the engine's progress, a line for each thing that happened."""
+
+    def __init__(self, out: IO[str], undoing: Callable[[], None]) -> None:
+        self._out = out
+        self._undoing = undoing
+        self.began = time.monotonic()
+        self.count = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def done(self, action: Action) -> None:
+        self.count += 1
+        self._line(_signed(action))
+
+    def waiting(self, line: str) -> None:
+        self._line(f"  {line}")
+
+    def undoing(self, reason: BaseException) -> None:
+        self._undoing()
+        self._line(click.style("undoing what was done", fg="red"))
+
+    def undone(self, action: Action) -> None:
+        self._line(_signed(action))
+
+    def _line(self, text: str) -> None:
+        click.echo(text, file=self._out)
+
+
+def up(outcome: Outcome, progress: Printer) -> None:
+    """The last lines of a successful apply."""
+    if not outcome.plan:
+        click.echo(f"lab {outcome.lab}: nothing to do")
+        return
+    count = f"{progress.count} change{'s' if progress.count != 1 else ''}"
+    where = f" {_where(outcome.place)}" if outcome.place else ""
+    click.echo(f"lab {outcome.lab} is up{where}: {count} in {progress.seconds:.1f} s")
+    if outcome.place and outcome.place.private and outcome.place.uplink == "none":
+        click.echo("there is no way out of it: neither pasta nor slirp4netns is installed, or wanted")
+
+
+def down(lab: Lab, progress: Printer, errors: Sequence[str]) -> None:
+    """The last lines of a teardown."""
+    for error in errors:
+        click.echo(click.style("left behind: ", fg="red") + error, err=True)
+    if not errors:
+        click.echo(f"lab {lab.name} is gone ({progress.seconds:.1f} s)")
+
+
+def plan_text(outcome: Outcome) -> None:
+    if outcome.place is None:
+        click.echo(click.style("+", fg="green") + " create a private namespace")
+    for action, line in zip(outcome.plan, outcome.plan.describe(), strict=True):
+        sign, colour = SIGNS[type(action)]
+        click.echo(f"{click.style(sign, fg=colour)} {line}")
+    count = len(outcome.plan)
+    click.echo(f"{count} change{'s' if count != 1 else ''} to lab {outcome.lab}" if count else "nothing to do")
+
+
+def plan_json(outcome: Outcome) -> dict[str, Any]:
+    """`{"lab", "place", "actions": [{"action", "key", "description", "new"?, "old"?}]}`."""
+    actions = []
+    for action, line in zip(outcome.plan, outcome.plan.describe(), strict=True):
+        actions.append({**msgspec.to_builtins(action), "key": action.key, "description": line})
+    return {"lab": outcome.lab, "place": _place_json(outcome.place), "actions": actions}
+
+
+def status_text(standing: Standing) -> None:
+    lab = standing.lab
+    click.echo(f"lab {lab.name} {_where(lab.place)}")
+    rows = []
+    for state, key, resource in standing.rows():
+        rows.append((click.style(state, fg=COLOURS[state]), key, _detail(standing, state, resource)))
+    table(("STATE", "KEY", "WHAT"), rows)
+    held = leases.read(lab.scope)
+    if held:
+        click.echo()
+        leases_table(held)
+    if standing.desired is None:
+        click.echo("the record of its topology is lost: only `netorch teardown`, or `apply` of its file, helps")
+
+
+def status_json(standing: Standing) -> dict[str, Any]:
+    """`{"lab", "place", "in_sync", "resources": [...], "leases": [...]}`."""
+    rows = []
+    for state, key, resource in standing.rows():
+        row: dict[str, Any] = {"state": state, "key": key, "resource": msgspec.to_builtins(resource)}
+        observed = standing.observed.get(key)
+        if state == "changed" and observed is not None:
+            row["observed"] = msgspec.to_builtins(observed)
+        rows.append(row)
+    return {
+        **lab_json(standing.lab),
+        "in_sync": standing.in_sync,
+        "resources": rows,
+        "leases": leases_json(standing.lab),
+    }
+
+
+def labs_text(there: Sequence[Lab]) -> None:
+    if not there:
+        click.echo("no lab is running here")
+        return
+    rows = []
+    for lab in there:
+        record = rundir.recorded(lab.run)
+        topology = topology_of(record) if record else None
+        counts = (str(len(topology.guests)), str(len(topology.hosts))) if topology else ("?", "?")
+        rows.append((lab.name, _where(lab.place), *counts, record.source if record else "record lost"))
+    table(("LAB", "PLACE", "GUESTS", "HOSTS", "FILE"), rows)
+
+
+def lab_json(lab: Lab) -> dict[str, Any]:
+    record = rundir.recorded(lab.run)
+    return {
+        "lab": lab.name,
+        "place": _place_json(lab.place),
+        "run": str(lab.run),
+        "file": record.source if record else None,
+    }
+
+
+def leases_text(lab: Lab) -> None:
+    held = leases.read(lab.scope)
+    if held:
+        leases_table(held)
+    else:
+        click.echo(f"lab {lab.name} has given no lease")
+
+
+def leases_json(lab: Lab) -> list[dict[str, Any]]:
+    return [msgspec.to_builtins(lease) for lease in leases.read(lab.scope)]
+
+
+def leases_table(held: Iterable[leases.Lease]) -> None:
+    rows = [(lease.network, lease.name or "-", lease.address, lease.mac, _until(lease)) for lease in held]
+    table(("NETWORK", "NAME", "ADDRESS", "MAC", "EXPIRES"), rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns, without borders or truncation, so that both eyes and awk can read them."""
+    widths = [max(len(click.unstyle(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        cells = [cell + " " * (width - len(click.unstyle(cell))) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+def json_out(value: object) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def _signed(action: Action) -> str:
+    sign, colour = SIGNS[type(action)]
+    words = action.resource.describe() if not isinstance(action, Update) else action.describe()[7:]
+    return f"{click.style(sign, fg=colour)} {words}"
+
+
+def _detail(standing: Standing, state: str, resource: Resource) -> str:
+    observed = standing.observed.get(resource.key)
+    if state == "changed" and observed is not None:
+        return f"{resource.describe()}; it is not as applied: {', '.join(resource.changes(observed))}"
+    return resource.describe()
+
+
+def _where(place: Place) -> str:
+    if not place.private:
+        return "in this network namespace"
+    return f"in a private namespace (uplink: {place.uplink})"
+
+
+def _place_json(place: Place | None) -> dict[str, Any] | None:
+    return None if place is None else msgspec.to_builtins(place)
+
+
+def _until(lease: leases.Lease) -> str:
+    if lease.expires == 0:
+        return "never"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(lease.expires))

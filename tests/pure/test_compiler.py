@@ -1,0 +1,190 @@
+"""Golden states: each shipped topology, and the choices of the compiler one by one."""
+
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netorch.compiler import compile
+from netorch.errors import NetorchError
+from netorch.facts import Facts, Uplink
+from netorch.model import Guest as GuestModel
+from netorch.model import Lab, Nic, Topology
+from netorch.resources import Bridge, Dnsmasq, Forwarding, Guest, Resource, Ruleset, State, Tap, Veth
+from netorch.topology import load, parse
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden" / "states"
+FACTS = Facts(
+    taken=("192.0.2.0/24",),
+    uplinks=(Uplink("eth0", 1500),),
+    users={"alice": 1000, "root": 0},
+)
+
+
+def compiled(text: str, facts: Facts = FACTS) -> State:
+    topology = parse(text, "lab.toml", Path("/labs"))
+    return compile(topology, facts, Path("/run/netorch/lab"), "netorch_lab")
+
+
+def shown(resource: Resource) -> str:
+    """A resource as golden text: a line a field, and texts of many lines as they are."""
+    lines = [f"[{resource.key}]"]
+    for field in resource.__struct_fields__:
+        value = getattr(resource, field)
+        if isinstance(value, str) and "\n" in value:
+            lines += [f"{field}:", *(f"    {line}" for line in value.splitlines())]
+        elif (resource.key, field) != ("record", "text"):
+            lines.append(f"{field} = {msgspec.json.encode(value).decode()}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "topologies").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_topologies(path: Path, golden: Callable[[Path, str], None]) -> None:
+    topology = load(path)
+    state = compile(topology, FACTS, Path("/run/netorch") / topology.name, f"netorch_{topology.name}")
+    golden(GOLDEN / f"{path.stem}.txt", "\n\n".join(map(shown, state)) + "\n")
+
+
+def test_the_smallest_file_is_libvirts_default_network() -> None:
+    state = compiled("[networks.default]")
+    (bridge,) = state.of(Bridge)
+    assert (bridge.name, bridge.addresses) == ("virbr0", ("192.168.122.1/24",))
+    assert bridge.mac.startswith("52:54:00:")
+    (dnsmasq,) = state.of(Dnsmasq)
+    assert "dhcp-range=192.168.122.2,192.168.122.254" in dnsmasq.config
+    assert state.of(Forwarding) == [Forwarding(name="eth0")]
+
+
+def test_an_automatic_address_avoids_what_is_taken_and_stays_where_it_was() -> None:
+    text = "[networks.default]\n[networks.second]"
+    taken = Facts(taken=("192.168.122.0/24", "192.168.123.128/25"))
+    first, second = (bridge.addresses for bridge in compiled(text, taken).of(Bridge))
+    assert (first, second) == (("192.168.124.1/24",), ("192.168.125.1/24",))
+    kept = Facts(addresses={"default": "192.168.130.1/24"})
+    assert compiled(text, kept).of(Bridge)[0].addresses == ("192.168.130.1/24",)
+    clash = Facts(taken=("192.168.130.0/24",), addresses={"default": "192.168.130.1/24"})
+    assert compiled(text, clash).of(Bridge)[0].addresses == ("192.168.122.1/24",)
+
+
+def test_no_subnet_left_is_an_error() -> None:
+    with pytest.raises(NetorchError, match="no free /24"):
+        compiled("[networks.default]", Facts(taken=("192.168.0.0/16", "10.0.0.0/8")))
+
+
+def test_a_range_that_is_too_small_is_a_mistake() -> None:
+    text = """
+        [networks.lan]
+        address = "10.0.0.1/24"
+        dhcp = { range = ["10.0.0.2", "10.0.0.2"] }
+        [guests.a]
+        nics = [{ network = "lan" }]
+        [guests.b]
+        nics = [{ network = "lan" }]
+    """
+    with pytest.raises(NetorchError, match="2 NICs ask for an address"):
+        compiled(text)
+
+
+def test_the_mtu_is_the_uplinks_and_never_larger_than_ethernets() -> None:
+    text = '[networks.default]\n[networks.inner]\nmode = "isolated"\naddress = "10.1.0.1/24"'
+    small = compiled(text, Facts(uplinks=(Uplink("wg0", 1420),))).of(Bridge)
+    assert [bridge.mtu for bridge in small] == [1420, 1500]
+    large = compiled(text, Facts(uplinks=(Uplink("uplink0", 65520),))).of(Bridge)
+    assert [bridge.mtu for bridge in large] == [1500, 1500]
+
+
+def test_a_lan_with_an_address_is_a_way_out_and_forwards() -> None:
+    lan = '[networks.lan]\nmode = "bridge"\naddress = "10.0.0.1/24"\n'
+    assert [b.forwarding for b in compiled(lan).of(Bridge)] == [False]
+    assert [b.forwarding for b in compiled(lan + "[networks.default]").of(Bridge)] == [True, True]
+
+
+def test_only_a_modes_own_networks_forward() -> None:
+    for mode, forwards in [("nat", True), ("route", True), ("open", True), ("isolated", False)]:
+        state = compiled(f'[networks.n]\nmode = "{mode}"')
+        assert state.of(Bridge)[0].forwarding is forwards
+        assert bool(state.of(Forwarding)) is forwards
+    assert not compiled('[networks.n]\nmode = "open"').of(Ruleset)
+
+
+def test_a_written_uplink_is_the_only_one() -> None:
+    state = compiled('[networks.n]\nuplink = "wan0"')
+    assert state.of(Forwarding) == [Forwarding(name="wan0")]
+
+
+def test_a_host_routes_by_the_first_gateway_only() -> None:
+    state = compiled("""
+        [networks.a]
+        address = "10.0.1.1/24"
+        [networks.b]
+        address = "10.0.2.1/24"
+        [hosts.h]
+        nics = [
+            { network = "a", address = "10.0.1.9/24" },
+            { network = "b", address = "10.0.2.9/24" },
+        ]
+    """)
+    assert [veth.gateway for veth in state.of(Veth)] == ["10.0.1.1", ""]
+
+
+def test_taps_have_the_owner_and_the_guests_mac_with_fe() -> None:
+    state = compiled("""
+        [networks.default]
+        [taps.lab]
+        network = "default"
+        count = 2
+        owner = "alice"
+        queues = 4
+        [guests.vm1]
+        nics = [{ network = "default", mac = "52:54:00:AB:CD:EF" }]
+    """)
+    assert [(t.name, t.owner, t.multi_queue) for t in state.of(Tap)] == [
+        ("lab0", 1000, True),
+        ("lab1", 1000, True),
+        ("vm1-0", -1, False),
+    ]
+    assert state.of(Tap)[2].mac == "fe:54:00:ab:cd:ef"
+    assert state.of(Guest)[0].nics[0].mac == "52:54:00:ab:cd:ef"
+
+
+def test_every_need_is_met() -> None:
+    for path in (ROOT / "topologies").glob("*.toml"):
+        topology = load(path)
+        state = compile(topology, FACTS, Path("/run/x"), "netorch_x")
+        for resource in state:
+            for needed in resource.needs:
+                assert needed in state or needed == "ruleset", f"{path.stem}: {resource.key} needs {needed}"
+
+
+NAMES = st.lists(st.from_regex(r"[a-z][a-z0-9]{0,5}", fullmatch=True), min_size=1, max_size=40, unique=True)
+
+
+def guests(names: list[str]) -> State:
+    topology = Topology(
+        lab=Lab(name="lab"),
+        networks=parse("[networks.default]", "", Path("/")).networks,
+        guests={name: GuestModel(nics=(Nic(network="default"),)) for name in names},
+    )
+    return compile(topology, FACTS, Path("/run/x"), "netorch_x")
+
+
+@given(NAMES)
+def test_addresses_and_macs_are_unique_and_inside(names: list[str]) -> None:
+    lines = guests(names).of(Dnsmasq)[0].hosts.splitlines()
+    macs, addresses = zip(*(line.split(",")[:2] for line in lines), strict=True)
+    assert len(set(macs)) == len(set(addresses)) == len(names)
+    subnet = IPv4Network("192.168.122.0/24")
+    assert all(IPv4Address(address) in subnet for address in addresses)
+    assert not {"192.168.122.0", "192.168.122.1", "192.168.122.255"} & set(addresses)
+
+
+@given(NAMES)
+def test_appending_a_guest_moves_nobody(names: list[str]) -> None:
+    before = guests(names[:-1]).of(Dnsmasq)[0].hosts
+    after = guests(names).of(Dnsmasq)[0].hosts
+    assert after.startswith(before)

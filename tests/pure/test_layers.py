@@ -1,0 +1,76 @@
+"""Imports point downwards only, and what is below `system` touches no machine (docs/architecture.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "netorch"
+
+# From the top. A module may import those of its own layer and of the layers below.
+LAYERS = (
+    {"__main__"},
+    {"cli"},
+    {"report", "nodes"},
+    {"labs"},
+    {"engine"},
+    {"system"},
+    {"planner"},
+    {"compiler"},
+    {"networks", "guests", "topology", "schema"},
+    {"topology_checks", "topology_clashes", "topology_shape", "topology_values", "toml_lines"},
+    {"resources", "facts", "names"},
+    {"model"},
+    {"errors", "__init__"},
+)
+PURE = frozenset().union(*LAYERS[6:]) - {"__init__"}
+MACHINE = {"ctypes", "fcntl", "nftables", "os", "pyroute2", "select", "signal", "socket", "subprocess", "time"}
+# topology reads the file that it is given, and makes paths absolute.
+ALLOWED = {("topology", "os")}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def depth(name: str) -> int:
+    return next(index for index, layer in enumerate(LAYERS) if name in layer)
+
+
+def imports(path: Path) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            parts = tuple((node.module or "").split("."))
+            if parts == ("netorch",):
+                found += [("netorch", alias.name) for alias in node.names]
+            else:
+                found.append(parts)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    here = depth(name_of(path))
+    for parts in imports(path):
+        if parts[0] == "netorch" and len(parts) > 1 and parts[1] != "__version__":
+            assert depth(parts[1]) >= here, f"{name_of(path)} imports {'.'.join(parts)}, which is above it"
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if name_of(p) in PURE], ids=lambda path: path.stem)
+def test_what_is_pure_touches_no_machine(path: Path) -> None:
+    for parts in imports(path):
+        assert parts[0] not in MACHINE or (path.stem, parts[0]) in ALLOWED, f"{path.stem} imports {parts[0]}"
+
+
+def test_modules_stay_readable() -> None:
+    """STYLE: past about 300 lines there is a second noun in it."""
+    long = {p.name: n for p in modules() if (n := p.read_text().count("\n")) > 400}
+    assert not long
