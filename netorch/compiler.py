@@ -203,11 +203,11 @@ class _Compiler:
         for index, nic in enumerate(guest.nics):
             mac = self.macs.of_nic(name, index, nic.mac)
             yield self._tap(
-                f"{name}:{index}", tap_name(name, index, nic), nic.network, nic.queues, None, mac
+                f"{name}:{index}", tap_name(name, index, nic), nic.network, nic.queues, 0, mac
             )
 
     def _tap(
-        self, id: str, name: str, network: str, queues: int, owner: str | int | None, mac: str = ""
+        self, id: str, name: str, network: str, queues: int, owner: str | int, mac: str = ""
     ) -> Tap:
         return Tap(
             id=id,
@@ -217,7 +217,7 @@ class _Compiler:
             mac="fe" + (mac or self.macs.of(f"tap {id}"))[2:],
             mtu=self.segments[network].mtu,
             multi_queue=queues > 1,
-            owner=self.facts.users[owner] if isinstance(owner, str) else -1 if owner is None else owner,
+            owner=self.facts.users[owner] if isinstance(owner, str) else owner,
         )
 
     def _host_links(self, name: str, host: Host) -> Iterator[Resource]:

@@ -127,7 +127,7 @@ class Taps(_Table, frozen=True):
 
     network: Name
     count: Annotated[int, Meta(ge=1, le=1023)] = 1
-    owner: User | Annotated[int, Meta(ge=0, le=0xFFFFFFFE)] | None = None
+    owner: User | Annotated[int, Meta(ge=0, le=0xFFFFFFFE)] = 0
     queues: Annotated[int, Meta(ge=1, le=256)] = 1
 
 

@@ -116,8 +116,8 @@ class Bridge(Resource, frozen=True):
 class Tap(Resource, frozen=True):
     """A persistent tap on a bridge. `id` is what the key is made of: `vm1:0` or the name in `[taps]`.
 
-    `mac` is the host side's; `bridge` is the interface name of the bridge ("" for none); `owner` is a uid,
-    -1 for none.
+    `mac` is the host side's; `bridge` is the interface name of the bridge ("" for none); `owner` is a uid:
+    a tap without one can be taken by whoever may open /dev/net/tun.
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"network", "bridge", "mac", "mtu", "up"})
@@ -129,7 +129,7 @@ class Tap(Resource, frozen=True):
     mtu: int = 1500
     multi_queue: bool = False
     vnet_hdr: bool = True
-    owner: int = -1
+    owner: int = 0
     up: bool = True
 
     @property

@@ -146,7 +146,7 @@ def test_taps_have_the_owner_and_the_guests_mac_with_fe() -> None:
     assert [(t.name, t.owner, t.multi_queue) for t in state.of(Tap)] == [
         ("lab0", 1000, True),
         ("lab1", 1000, True),
-        ("vm1-0", -1, False),
+        ("vm1-0", 0, False),
     ]
     assert state.of(Tap)[2].mac == "fe:54:00:ab:cd:ef"
     assert state.of(Guest)[0].nics[0].mac == "52:54:00:ab:cd:ef"

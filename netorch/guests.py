@@ -1,0 +1,148 @@
+"""QEMU's command line for a guest: pure rendering.
+
+Whatever QEMU has to open is opened by netorch and handed over as a descriptor: taps, the listening
+sockets of QMP, serial console and guest agent, and the base image. So QEMU needs no capability and
+no path of the person's own, and who connects to a socket need not wait until QEMU has made it.
+Options that hold values of the person's are JSON where QEMU takes JSON: no comma in a value can
+become an option. The guest starts stopped (-S); netorch lets it run by QMP when all is in place.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from netorch.resources import Guest, GuestNic
+
+# The set of descriptors through which QEMU opens the base image (docs: -add-fd).
+_BASE_SET = 1
+
+# The front-ends. No option ROM: nothing boots from the network, and loading one costs time.
+MODELS: dict[str, dict[str, object]] = {
+    "virtio-net-pci": {"driver": "virtio-net-pci", "romfile": ""},
+    "e1000": {"driver": "e1000", "romfile": ""},
+    "rtl8139": {"driver": "rtl8139", "romfile": ""},
+}
+
+# The processor that shows the guest all that the accelerator can do.
+_CPUS = {"kvm": "host", "tcg": "max"}
+
+
+class Kernel(msgspec.Struct, frozen=True):
+    """A guest that boots a kernel directly."""
+
+    kernel: Path
+    initrd: Path
+    cmdline: str
+
+
+class Disk(msgspec.Struct, frozen=True):
+    """A guest that boots from a qcow2 overlay; `base_fd` is the base image, open for reading."""
+
+    overlay: Path
+    base_fd: int
+    base_format: str
+
+
+class Descriptors(msgspec.Struct, frozen=True):
+    """What QEMU inherits: listening Unix sockets, and for each NIC one tap descriptor a queue."""
+
+    qmp: int
+    serial: int
+    agent: int
+    taps: tuple[tuple[int, ...], ...] = ()
+
+
+def argv(
+    guest: Guest, *, program: str, accel: str, boot: Kernel | Disk, fds: Descriptors, log: str
+) -> list[str]:
+    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's."""
+    return [
+        *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
+        *("-no-user-config", "-nodefaults", "-display", "none", "-S"),
+        *(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        ),
+        *("-machine", f"{guest.machine},usb=off,dump-guest-core=off"),
+        *("-accel", accel, "-cpu", _CPUS[accel]),
+        *("-smp", f"cpus={guest.cpus}", "-m", f"size={guest.memory}M"),
+        *_character_devices(fds, log),
+        *(
+            word
+            for index, nic in enumerate(guest.nics)
+            for word in _nic(index, nic, fds.taps[index])
+        ),
+        *(_kernel(guest, boot) if isinstance(boot, Kernel) else _disk(boot)),
+        *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
+        *_json("-device", {"driver": "virtio-rng-pci", "rng": "rng"}),
+        *_json("-device", {"driver": "virtio-serial-pci", "id": "ports"}),
+        *_json(
+            "-device",
+            {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
+        ),
+        *_screen(guest.vnc),
+    ]
+
+
+def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
+    """QMP, the serial console with its log, and the guest agent's channel."""
+    yield from ("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off")
+    yield from ("-mon", "chardev=qmp,mode=control")
+    log = log.replace(",", ",,")
+    yield from (
+        "-chardev",
+        f"socket,id=serial,fd={fds.serial},server=on,wait=off,logfile={log},logappend=on",
+    )
+    yield from ("-serial", "chardev:serial")
+    yield from ("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off")
+
+
+def _nic(index: int, nic: GuestNic, queues: Sequence[int]) -> Iterator[str]:
+    netdev: dict[str, object] = {"type": "tap", "id": f"net{index}"}
+    device = {**MODELS[nic.model], "netdev": f"net{index}", "mac": nic.mac}
+    if len(queues) == 1:
+        netdev["fd"] = str(queues[0])
+    else:
+        netdev["fds"] = ":".join(map(str, queues))
+        # An MSI-X vector for each direction of each queue, one for control, one for configuration.
+        device |= {"mq": True, "vectors": 2 * len(queues) + 2}
+    yield from _json("-netdev", netdev)
+    yield from _json("-device", device)
+
+
+def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
+    yield from ("-kernel", str(boot.kernel), "-initrd", str(boot.initrd))
+    yield from ("-append", f"{boot.cmdline} netorch.hostname={guest.name}")
+
+
+def _disk(boot: Disk) -> Iterator[str]:
+    """The overlay over the base. Formats are given: a guest may write any header into raw data."""
+    yield from ("-add-fd", f"fd={boot.base_fd},set={_BASE_SET}")
+    base: dict[str, object] = {
+        "driver": boot.base_format,
+        "node-name": "base",
+        "read-only": True,
+        "file": {"driver": "file", "filename": f"/dev/fdset/{_BASE_SET}", "read-only": True},
+    }
+    overlay: dict[str, object] = {
+        "driver": "qcow2",
+        "node-name": "disk",
+        "file": {"driver": "file", "filename": str(boot.overlay), "locking": "on"},
+        "backing": "base",
+        "discard": "unmap",
+    }
+    yield from _json("-blockdev", base)
+    yield from _json("-blockdev", overlay)
+    yield from _json("-device", {"driver": "virtio-blk-pci", "drive": "disk", "bootindex": 1})
+
+
+def _screen(display: int) -> Iterator[str]:
+    if display >= 0:
+        yield from ("-vnc", f"127.0.0.1:{display}")
+        yield from _json("-device", {"driver": "VGA"})
+
+
+def _json(option: str, value: dict[str, object]) -> tuple[str, str]:
+    return option, json.dumps(value)

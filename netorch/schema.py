@@ -1,0 +1,78 @@
+"""The JSON Schema of a topology file, for editors and for `netorch schema`."""
+
+from typing import Any
+
+import msgspec
+
+from netorch.model import Topology
+
+DESCRIPTIONS = {
+    "Topology.lab": "The lab as a whole.",
+    "Topology.networks": "Networks by name: bridges and their services.",
+    "Topology.guests": "Guests by name: QEMU virtual machines.",
+    "Topology.hosts": "Hosts by name: network namespaces that play machines.",
+    "Topology.taps": "Taps for virtual machines that netorch does not start.",
+    "Lab.name": "The lab's name; by default the file's name without .toml.",
+    "Lab.place": "Where the lab lives: the current network namespace or one of its own.",
+    "Lab.uplink": "What connects a private place to the outside.",
+    "Lab.timeout": "Seconds until every guest must have its lease.",
+    "Network.mode": "How the network meets the outside; libvirt's names.",
+    "Network.bridge": "The bridge's interface name; by default virbr0 for `default`, else br-NAME.",
+    "Network.address": "This machine's address there with its prefix length, or auto.",
+    "Network.dhcp": "Whether dnsmasq gives out addresses, or the range that it serves.",
+    "Network.dns": "Whether dnsmasq answers for the names of guests and hosts.",
+    "Network.domain": "The DNS domain of those names.",
+    "Network.uplink": "The interface that traffic leaves by; by default the one with the route.",
+    "Network.mac": "The bridge's MAC address; by default derived from the names.",
+    "Network.mtu": "The MTU of the bridge and its ports; by default the uplink's, at most 1500.",
+    "Network.stp": "Whether the bridge runs the spanning tree protocol.",
+    "Dhcp.range": "The first and the last address; by default all of the subnet.",
+    "Dhcp.lease": "How long a lease holds, two minutes or more.",
+    "Nic.network": "The network that the NIC is on.",
+    "Nic.model": "The device that the guest sees.",
+    "Nic.address": "The address that DHCP reserves for it.",
+    "Nic.mac": "The guest's MAC address; by default derived from the names.",
+    "Nic.queues": "Queues of a virtio-net-pci NIC.",
+    "Nic.tap": "The tap's interface name; by default GUEST-INDEX.",
+    "HostNic.network": "The network that the NIC is on.",
+    "HostNic.address": "A static address with its prefix length, or dhcp (the default).",
+    "HostNic.gateway": "The default route: the network's, an address, or none.",
+    "HostNic.mac": "The MAC address; by default derived from the names.",
+    "Guest.image": "tiny (built in), or the path of a disk image, relative to the file.",
+    "Guest.format": "The image's format.",
+    "Guest.memory": "Memory: 256M, 1G, or a number of MiB.",
+    "Guest.cpus": "Virtual CPUs.",
+    "Guest.machine": "QEMU's machine type.",
+    "Guest.accel": "QEMU's accelerator; auto takes KVM where it is seen to work.",
+    "Guest.vnc": "The VNC display, on loopback.",
+    "Guest.nics": "The guest's NICs, in its order.",
+    "Host.nics": "The host's NICs: eth0, eth1, ...",
+    "Taps.network": "The network that the taps are on.",
+    "Taps.count": "How many; they are called NAME0, NAME1, ...",
+    "Taps.owner": "The user, by name or number, who may open them; by default root alone.",
+    "Taps.queues": "Queues of each tap.",
+}
+
+
+def schema() -> dict[str, Any]:
+    """The schema in the dialect of draft 2020-12, every key with its description."""
+    made = msgspec.json.schema(Topology)
+    definitions = made["$defs"]
+    for key, description in DESCRIPTIONS.items():
+        table, _, name = key.partition(".")
+        definitions[table]["properties"][name]["description"] = description
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "netorch topology",
+        "description": "One QEMU network lab: its networks, guests, hosts and taps.",
+        **_plain(made),
+    }
+
+
+def _plain(part: Any) -> Any:
+    """Without the look-ahead that Python's `$` needs and some validators' expressions lack."""
+    if isinstance(part, dict):
+        return {key: _plain(value) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_plain(value) for value in part]
+    return part.removesuffix(r"(?!\n)") if isinstance(part, str) else part
