@@ -95,7 +95,8 @@ def _parents(path: str) -> Iterator[str]:
 def _append(archive: bytearray, entry: Entry, inode: int) -> None:
     name = entry.path.encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
-    numbers = (inode, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, *entry.device, len(name), 0)
+    size, (major, minor) = len(entry.data), entry.device
+    numbers = (inode, entry.mode, 0, 0, links, 0, size, 0, 0, major, minor, len(name), 0)
     archive += b"070701" + b"".join(b"%08X" % number for number in numbers) + name
     archive += bytes(-len(archive) % 4)
     archive += entry.data
@@ -181,7 +182,7 @@ class Module:
 
 def module_name(file_name: str) -> str:
     """The kernel's name for a module file: ``usb-storage.ko.xz`` is ``usb_storage``."""
-    return file_name.split(".ko")[0].replace("-", "_")
+    return file_name.partition(".ko")[0].replace("-", "_")
 
 
 def read_module(name: str, data: bytes) -> Module:
@@ -210,9 +211,7 @@ def _section(elf: bytes, wanted: str) -> bytes:
         raise ValueError("not a 64-bit little-endian ELF file")
     (table,) = struct.unpack_from("<Q", elf, 40)
     size, count, names = struct.unpack_from("<HHH", elf, 58)
-    headers = [
-        struct.unpack_from("<IIQQQQ", elf, table + index * size) for index in range(count)
-    ]
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + index * size) for index in range(count)]
     strings = headers[names][4]
     for name, _, _, _, offset, length in headers:
         if _string(elf, strings + name) == wanted:

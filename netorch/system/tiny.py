@@ -33,8 +33,20 @@ from netorch.errors import ImageError
 _FORMAT = 1  # to be raised when the builder changes what it puts into an image
 _INIT = Path(__file__).with_name("tiny-init.sh")
 
-# Each word with what it saves or makes possible, measured on q35 under TCG.
-CMDLINE = "console=ttyS0 quiet"
+# What each word saves of the time to the first lease (q35, TCG, Linux 6.1, medians):
+CMDLINE = " ".join(
+    (
+        "console=ttyS0 quiet",
+        "cryptomgr.notests",  # 200 ms: self-tests of the kernel's ciphers
+        "rodata=off",  # 140 ms: splitting the kernel's pages to protect them from itself
+        "noreplace-smp",  # 130 ms: taking lock prefixes out, which are free under TCG
+        "rootfstype=ramfs",  # 30 ms: unpacking the initramfs into tmpfs instead
+        "lsm= audit=0",  # 20 ms: AppArmor and TOMOYO without a policy
+        "init_on_alloc=0",  # 10 ms: clearing memory that is written next
+        "random.trust_cpu=on",
+        "no_timer_check",  # the check that the timer ticks fails where QEMU gets no CPU in time
+    )
+)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from netorch.errors import ImageError
@@ -41,7 +41,7 @@ _WANTED = (
     *_REQUIRED,
     *("e1000e", "vmxnet3", "virtio_blk", "virtio_scsi", "virtio_console", "virtio_rng"),
     *("virtio_mmio", "nvme", "ahci", "ata_piix", "sd_mod", "xhci_pci", "usb_storage"),
-    *("button", "evdev", "crc32c_generic", "ext4"),
+    *("button", "evdev"),
 )
 _APPLETS = {
     *("sh", "init", "mount", "umount", "modprobe", "ip", "udhcpc", "uevent", "acpid"),
@@ -52,7 +52,12 @@ _LIBRARIES = (
     *("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu"),
     *("/lib64", "/usr/lib64", "/lib", "/usr/lib"),
 )
-_PROFILE = "export PS1='\\h:\\w# '\n"
+_PROFILE = "export HOME=/root PS1='\\h:\\w# '\ncd\n"
+_FSTAB = """\
+proc /proc proc
+sys /sys sysfs
+dev /dev devtmpfs
+"""
 _INITTAB = """\
 ::once:/lib/netorch/late
 ttyS0::respawn:-/bin/sh
@@ -295,6 +300,7 @@ def _skeleton(init: bytes) -> list[Entry]:
         *(initramfs.symlink(name, "/init") for name in names),
         initramfs.file("etc/profile", _PROFILE.encode()),
         initramfs.file("etc/inittab", _INITTAB.encode()),
+        initramfs.file("etc/fstab", _FSTAB.encode()),
         initramfs.file("etc/passwd", b"root::0:0:root:/root:/bin/sh\n"),
         initramfs.file("etc/group", b"root:x:0:\n"),
         initramfs.file("etc/hosts", b"127.0.0.1 localhost\n"),
@@ -313,7 +319,14 @@ def _programs(busybox: _Busybox) -> list[Entry]:
 
 def _drivers(kernel: _Kernel) -> list[Entry]:
     where = f"lib/modules/{kernel.release}"
-    dependencies, aliases = initramfs.module_index(kernel.modules)
+    # The aliases of single USB products are 60 of modules.alias's 80 KB, which modprobe reads whole.
+    modules = {
+        module.name: replace(
+            module, aliases=tuple(one for one in module.aliases if not one.startswith("usb:v0"))
+        )
+        for module in kernel.modules.values()
+    }
+    dependencies, aliases = initramfs.module_index(modules)
     return [
         initramfs.file(f"{where}/modules.dep", dependencies.encode()),
         initramfs.file(f"{where}/modules.alias", aliases.encode()),
