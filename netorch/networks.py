@@ -256,8 +256,10 @@ def _dns(segment: Segment, names: str, resolv: str) -> list[str]:
 
 
 def _dhcp(segment: Segment, leases: str, hosts: str) -> list[str]:
-    first, last = segment.dhcp_first, segment.dhcp_last
-    count = int(IPv4Address(last)) - int(IPv4Address(first)) + 1
+    first, last = IPv4Address(segment.dhcp_first), IPv4Address(segment.dhcp_last)
+    outside = [r for r in segment.reservations if not first <= IPv4Address(r.address) <= last]
+    # libvirt counts the range alone: reservations outside of it then take leases from it.
+    count = int(last) - int(first) + 1 + len(outside)
     lines = [
         f"dhcp-range={first},{last},{IPv4Network(segment.subnet).netmask},{segment.lease}",
         "dhcp-no-override",

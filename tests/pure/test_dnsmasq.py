@@ -4,8 +4,11 @@ import xml.etree.ElementTree as ET
 from ipaddress import IPv4Network, ip_interface
 from pathlib import Path
 
+import msgspec
 import pytest
+from hypothesis import given, strategies
 
+from netorch.model import INTERFACE, NAME
 from netorch.networks import Reservation, Segment, dhcp_hosts, dnsmasq_config, static_names
 
 CASES = Path(__file__).parents[3] / "shared/libvirt-cases/dnsmasq"
@@ -32,7 +35,7 @@ IN_SCOPE = {
     "netboot-network": {"enable-tftp", "tftp-root=/var/lib/tftproot", "dhcp-boot=pxeboot.img"},
 }
 
-# What ours has besides: libvirt gives the like on dnsmasq's command line (user, pid file, lease file
+# What ours has besides: libvirt gives the like on the command line (user, pid file, lease file
 # by its script), or it is a difference that networks.py explains.
 OURS = {
     "user=root",
@@ -198,6 +201,28 @@ def test_reverse_zones_are_whole_octets_that_cover_the_subnet(length: int) -> No
     assert {zone.prefixlen % 8 for zone in zones} == {0}
     assert sum(zone.num_addresses for zone in zones) == subnet.num_addresses
     assert all(zone.subnet_of(subnet) for zone in zones)
+
+
+NAMES = strategies.from_regex(NAME)
+INTERFACES = strategies.from_regex(INTERFACE)
+
+
+@given(NAMES, NAMES, NAMES, INTERFACES, NAMES)
+def test_what_a_file_may_say_is_one_word_of_one_line(
+    network: str, guest: str, host: str, bridge: str, domain: str
+) -> None:
+    reserved = Reservation(mac="52:54:00:00:00:01", address="192.168.122.6", name=guest)
+    served = msgspec.structs.replace(
+        segment(reservations=(reserved,), names=(("192.168.122.80", host),)),
+        network=network,
+        bridge=bridge,
+        domain=domain,
+    )
+    usual = msgspec.structs.replace(segment(), domain="lab")
+    assert len(render(served).split("\n")) == len(render(usual).split("\n"))
+    assert f"interface={bridge}" in options(render(served))
+    words = (dhcp_hosts(served) + static_names(served)).split()
+    assert len(words) == (5 if "," + guest not in dhcp_hosts(served) else 3)
 
 
 def test_paths_are_quoted_where_they_need_it() -> None:
