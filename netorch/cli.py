@@ -1,9 +1,10 @@
 """The command line: one function a command; the only place that prints, exits and handles signals.
 
-Each command imports what it needs when it runs: `--version` and `check` must start as fast as Python does.
-Reports go to stdout, progress and errors to stderr.
+Each command imports what it needs when it runs: `--version` and `check` must start as fast as
+Python does. Reports go to stdout, progress and errors to stderr.
 
-Exit status: 0 done, in sync; 1 failed; 2 wrong usage or an invalid file; 3 differs (`plan`, `status`).
+Exit status: 0 done, in sync; 1 failed; 2 wrong usage or an invalid file; 3 differs (`plan`,
+`status`).
 """
 
 import os
@@ -60,7 +61,7 @@ def apply(file: Path, place: str, as_json: bool) -> None:
 @PLACE
 @JSON
 def plan(file: Path, place: str, as_json: bool) -> None:
-    """Show what `apply FILE` would do; change nothing. Exit status 3 if there is something to do."""
+    """Show what `apply FILE` would do, and change nothing. Exit status 3: there is something."""
     from netorch import labs, report
 
     outcome = labs.plan(_load(file), str(file.resolve()), place)  # type: ignore[arg-type]
@@ -149,7 +150,9 @@ def leases(lab: str | None, as_json: bool) -> None:
 @click.argument("node")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(lab: str | None, node: str, command: tuple[str, ...]) -> None:
-    """Run a command in a host, or through the guest agent in a guest: `netorch exec vm1 -- ip addr`."""
+    """Run a command in a host, or through the guest agent in a guest: `netorch exec vm1 -- ip
+    addr`.
+    """
     from netorch import nodes
 
     sys.exit(nodes.run(nodes.find(lab, node), command))
@@ -194,7 +197,9 @@ def main() -> NoReturn:
         click.echo("interrupted", err=True)
         sys.exit(1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is silent
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # so that the flush at exit is silent
         sys.exit(1)
     sys.exit(0)
 
@@ -222,5 +227,3 @@ def _quiet_signals() -> None:
     """A rollback that is interrupted would leave what it was called to remove."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-

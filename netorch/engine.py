@@ -3,12 +3,13 @@
 Order and limits:
 - Nothing is changed before every reason against the plan that can be known has been asked for
   (`Machine.check`).
-- Rolling back is the same path with another goal: when a step fails, or the person interrupts, the diff
-  between the state before and what is observed now is carried out. Those are the inverses of what was done,
-  in reverse order, plus whatever the failed step left half made, which no memory of ours would know.
+- Rolling back is the same path with another goal: when a step fails, or the person interrupts, the
+  diff between the state before and what is observed now is carried out. Those are the inverses of
+  what was done, in reverse order, plus whatever the failed step left half made, which no memory of
+  ours would know.
 - Teardown goes to the empty state. It and the rollback go on past errors and report them all.
-- A SIGKILL at any point needs nothing from here: what is half made carries the lab's marks, so the next
-  apply or teardown sees it as a difference like any other.
+- A SIGKILL at any point needs nothing from here: what is half made carries the lab's marks, so the
+  next apply or teardown sees it as a difference like any other.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -52,8 +53,9 @@ class Progress:
 class Undo:
     """A block whose changes are taken back when an exception leaves it.
 
-    A NetorchError, an OSError or a KeyboardInterrupt becomes an ApplyError that says what was undone and
-    what could not be; any other exception is a defect and passes through after the rollback.
+    A NetorchError, an OSError or a KeyboardInterrupt becomes an ApplyError that says what was
+    undone and what could not be; any other exception is a defect and passes through after the
+    rollback.
     """
 
     def __init__(self, machine: Machine, before: State, progress: Progress) -> None:
@@ -99,7 +101,8 @@ def apply(machine: Machine, desired: State, progress: Progress) -> Plan:
             rest = diff(desired, machine.observe())
             if rest:
                 raise NetorchError(
-                    "what was applied does not show on the machine; still to do: " + "; ".join(rest.describe()),
+                    "what was applied does not show on the machine; still to do: "
+                    + "; ".join(rest.describe()),
                     "is something else changing these objects at the same time?",
                 )
     return plan
@@ -113,7 +116,9 @@ def check(machine: Machine, plan: Plan) -> None:
 
 
 def teardown(machine: Machine, progress: Progress) -> list[str]:
-    """Delete all that carries the lab's marks, going on past errors. Returns what could not be deleted."""
+    """Delete all that carries the lab's marks, going on past errors. Returns what could not be
+    deleted.
+    """
     plan = diff(EMPTY, machine.observe())
     progress.planned(plan)
     _done, errors = _carry_on(machine, plan, progress.done)

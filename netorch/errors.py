@@ -2,16 +2,15 @@
 
     NetorchError               failed for a reason that the person can act on (exit status 1)
     ├── TopologyError          the file is wrong: carries every mistake in it (exit status 2)
-    ├── UsageError             the command line asks for something that does not exist (exit status 2)
-    ├── ConflictError          something that is not ours is in the way; nothing was changed
-    ├── MissingError           a program, a kernel feature or a permission is missing
-    ├── ImageError             a guest image can't be found, built or read
-    ├── KernelError            the kernel refused a request; carries the errno
-    ├── ApplyError             an action failed; says what was undone
-    └── ReadyError             everything was made, but something did not come to life in time
+    ├── UsageError             the command line asks for something that does not exist (exit status
+    2) ├── ConflictError          something that is not ours is in the way; nothing was changed ├──
+    MissingError           a program, a kernel feature or a permission is missing ├── ImageError
+    a guest image can't be found, built or read ├── KernelError            the kernel refused a
+    request; carries the errno ├── ApplyError             an action failed; says what was undone └──
+    ReadyError             everything was made, but something did not come to life in time
 
-A message says what failed, on which object and why; `hint` says what to do about it. Only `netorch.cli`
-prints them and turns them into exit statuses.
+A message says what failed, on which object and why; `hint` says what to do about it. Only
+`netorch.cli` prints them and turns them into exit statuses.
 """
 
 from collections.abc import Sequence
@@ -55,7 +54,8 @@ class NetorchError(Exception):
 class Mistake:
     """One mistake in a topology file: where it is, what is wrong and what would be right.
 
-    `path` is the dotted key (`networks.default.address`), `line` counts from 1 and is 0 where unknown.
+    `path` is the dotted key (`networks.default.address`), `line` counts from 1 and is 0 where
+    unknown.
     """
 
     __slots__ = ("hint", "line", "message", "path")
@@ -71,7 +71,9 @@ class Mistake:
 
 
 class TopologyError(NetorchError):
-    """The topology file is invalid. `mistakes` holds all that is wrong with it, in the order of the file."""
+    """The topology file is invalid. `mistakes` holds all that is wrong with it, in the order of the
+    file.
+    """
 
     def __init__(self, source: str, mistakes: Sequence[Mistake]) -> None:
         self.source = source
@@ -110,7 +112,9 @@ class KernelError(NetorchError):
 
 
 class ApplyError(NetorchError):
-    """An action failed. `undone` and `left` say, in words, what was taken back and what could not be."""
+    """An action failed. `undone` and `left` say, in words, what was taken back and what could not
+    be.
+    """
 
     def __init__(
         self, message: str, hint: str = "", undone: Sequence[str] = (), left: Sequence[str] = ()

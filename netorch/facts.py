@@ -11,7 +11,7 @@ class Uplink(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """The machine as far as a topology depends on it. The default is a machine with nothing on it."""
+    """The machine as far as a topology depends on it; by default one with nothing on it."""
 
     # Every IPv4 prefix that links other than the lab's own use, sorted.
     taken: tuple[str, ...] = ()

@@ -126,6 +126,8 @@ def _disk(boot: Disk) -> Iterator[str]:
         "read-only": True,
         "file": {"driver": "file", "filename": f"/dev/fdset/{_BASE_SET}", "read-only": True},
     }
+    if boot.base_format == "qcow2":
+        base["backing"] = None  # an image that names another file does not get it opened
     overlay: dict[str, object] = {
         "driver": "qcow2",
         "node-name": "disk",

@@ -1,8 +1,9 @@
 """Labs: from a topology, or a name, to the place where it runs, and the engine at work there.
 
-What every command does first: find the lab's place (the current network namespace, or a private one), take
-its lock, move in, and look. A private place is made before anything else and, when an apply fails that made
-it, destroyed after everything else: it is the one thing that can't be made from inside.
+What every command does first: find the lab's place (the current network namespace, or a private
+one), take its lock, move in, and look. A private place is made before anything else and, when an
+apply fails that made it, destroyed after everything else: it is the one thing that can't be made
+from inside.
 """
 
 from collections.abc import Callable
@@ -110,10 +111,11 @@ def machine(scope: Scope, report: Callable[[str], None] = lambda line: None) -> 
 
 
 def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progress) -> Outcome:
-    """Make the lab be what the topology says, and wait until its guests and hosts have their addresses.
+    """Make the lab be what the topology says, and wait until its guests and hosts have their
+    addresses.
 
-    Raises ConflictError before the first change, ApplyError after the rollback, ReadyError if all was made
-    but a guest didn't come to life in time (the lab stays up for a look).
+    Raises ConflictError before the first change, ApplyError after the rollback, ReadyError if all
+    was made but a guest didn't come to life in time (the lab stays up for a look).
     """
     name = topology.name
     run = run_base() / name
@@ -133,6 +135,7 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
         except BaseException:
             if made:
                 destroy(place)
+                rundir.leave(run)
             if rundir.recorded(run) is None:
                 rundir.remove(lab.scope)
             raise
@@ -202,7 +205,9 @@ def labs() -> list[Lab]:
 
 
 def find(name: str | None) -> Lab:
-    """The lab called `name`, or the only one that runs. Raises UsageError, which lists what there is."""
+    """The lab called `name`, or the only one that runs. Raises UsageError, which lists what there
+    is.
+    """
     there = labs()
     names = ", ".join(lab.name for lab in there)
     if name is None:
@@ -245,7 +250,8 @@ def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
     if running is not None:
         if wanted == "current":
             raise UsageError(
-                f"lab {name} runs in a private place", f"take it down first: netorch teardown {name}"
+                f"lab {name} runs in a private place",
+                f"take it down first: netorch teardown {name}",
             )
         return running
     if wanted == "private" or (wanted == "auto" and not has_net_admin()):
@@ -259,7 +265,9 @@ def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
 
 
 def _refuse_a_twin(lab: Lab) -> None:
-    """Two labs of one name would share a run directory: the second, whose place is another, is refused."""
+    """Two labs of one name would share a run directory: the second, whose place is another, is
+    refused.
+    """
     other = _place_of(lab.run)
     here = lab.place.inode
     if other not in (None, here) and any(
@@ -307,7 +315,9 @@ def _uid_of(user: str) -> int:
     try:
         return pwd.getpwnam(user).pw_uid
     except KeyError as error:
-        raise UsageError(f"there is no user {user!r} to own a tap", "a number does as well") from error
+        raise UsageError(
+            f"there is no user {user!r} to own a tap", "a number does as well"
+        ) from error
 
 
 def _fresh_facts(topology: Topology) -> Facts:
@@ -323,7 +333,9 @@ def _fresh_facts(topology: Topology) -> Facts:
 
 
 def _uplink_subnet(topology: Topology) -> str:
-    """The subnet of a private place's uplink: QEMU's and slirp4netns's 10.0.2.0/24, unless the file has it."""
+    """The subnet of a private place's uplink: QEMU's and slirp4netns's 10.0.2.0/24, unless the file
+    has it.
+    """
     written = [
         IPv4Interface(network.address).network
         for network in topology.networks.values()

@@ -33,7 +33,9 @@ def find(lab: str | None, name: str) -> Node:
         if name in topology.guests or name in topology.hosts:
             found.append(Node(there, name, name in topology.guests))
     if not found:
-        raise UsageError(f"no guest or host {name!r} is running here", f"running: {', '.join(known) or 'none'}")
+        raise UsageError(
+            f"no guest or host {name!r} is running here", f"running: {', '.join(known) or 'none'}"
+        )
     if len(found) > 1:
         labs = ", ".join(node.lab.name for node in found)
         raise UsageError(f"more than one lab has {name!r}", f"say which with --lab: {labs}")
@@ -43,8 +45,8 @@ def find(lab: str | None, name: str) -> Node:
 def run(node: Node, command: Sequence[str]) -> int:
     """Run a command in the node with this process's input and output; returns its exit status.
 
-    In a host the command takes the place of this process. In a guest it runs through the guest agent, which
-    hands over all output at the end.
+    In a host the command takes the place of this process. In a guest it runs through the guest
+    agent, which hands over all output at the end.
     """
     if node.lab.place.private:
         enter(node.lab.place)
@@ -58,7 +60,9 @@ def console(node: Node) -> int:
     from netorch.system.console import console as open_console
 
     if not node.is_guest:
-        raise UsageError(f"{node.name} is a host and has no console", f"netorch exec {node.name} -- sh")
+        raise UsageError(
+            f"{node.name} is a host and has no console", f"netorch exec {node.name} -- sh"
+        )
     if node.lab.place.private:
         enter(node.lab.place)
     directory = node.lab.run / "guests" / node.name
@@ -83,7 +87,9 @@ def _in_host(node: Node, command: Sequence[str]) -> int:
 
 
 def _name_service(node: Node) -> tuple[list[str], str]:
-    """The name servers that a host should ask, those of its networks, and the first domain of these."""
+    """The name servers that a host should ask, those of its networks, and the first domain of
+    these.
+    """
     from netorch.system.links import Links
 
     state = State(Links(node.lab.scope).observe())
@@ -94,7 +100,12 @@ def _name_service(node: Node) -> tuple[list[str], str]:
     for veth in state.of(Veth):
         network = networks.get(veth.network)
         bridge = state.get(f"bridge:{veth.network}")
-        if veth.host != node.name or network is None or not network.dns or not isinstance(bridge, Bridge):
+        if (
+            veth.host != node.name
+            or network is None
+            or not network.dns
+            or not isinstance(bridge, Bridge)
+        ):
             continue
         servers += [address.partition("/")[0] for address in bridge.addresses]
         domain = domain or network.domain or ""

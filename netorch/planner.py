@@ -1,11 +1,12 @@
 """diff(desired, observed) -> Plan: what has to be done to the machine, in order, and nothing else.
 
-Order of a plan: all deletes first, what needs others before what is needed; then creates and updates,
-what is needed before what needs it. Actions that don't depend on each other stand together in a step, so
-that the engine can hand a whole step to an adapter (a thousand taps are one batch of messages).
+Order of a plan: all deletes first, what needs others before what is needed; then creates and
+updates, what is needed before what needs it. Actions that don't depend on each other stand together
+in a step, so that the engine can hand a whole step to an adapter (a thousand taps are one batch of
+messages).
 
-A resource that differs is updated where only its `live` fields differ, otherwise deleted and created. What
-needs a deleted resource is asked what is left of it (`Resource.after_replace`).
+A resource that differs is updated where only its `live` fields differ, otherwise deleted and
+created. What needs a deleted resource is asked what is left of it (`Resource.after_replace`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -82,7 +83,9 @@ class Plan:
 
     __slots__ = ("reasons", "steps")
 
-    def __init__(self, steps: Iterable[Iterable[Action]], reasons: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, steps: Iterable[Iterable[Action]], reasons: dict[str, str] | None = None
+    ) -> None:
         self.steps = tuple(tuple(step) for step in steps)
         self.reasons = reasons or {}  # key of a resource that is made again -> why
 
@@ -130,7 +133,9 @@ def diff(desired: State, observed: State) -> Plan:
                 if remains is None:
                     doomed[key] = left.pop(key)
                     if key in desired:
-                        reasons[key] = f"{needed} is made again" if needed in desired else f"{needed} goes"
+                        reasons[key] = (
+                            f"{needed} is made again" if needed in desired else f"{needed} goes"
+                        )
                     current = None
                 else:
                     left[key] = current = remains
@@ -160,14 +165,16 @@ def _can_update(old: Resource, new: Resource) -> bool:
 
 
 def _levels(state: State) -> list[list[str]]:
-    """Keys by depth: a resource's level is one past the deepest of its needs that are in the state."""
+    """Keys by depth: one past the deepest of a resource's needs that are in the state."""
     depth: dict[str, int] = {}
 
     def visit(key: str) -> int:
         if key not in depth:
             resource = state.get(key)
             assert resource is not None
-            depth[key] = 0  # a cycle would be a mistake of the compiler; it must not hang the planner
+            depth[key] = (
+                0  # a cycle would be a mistake of the compiler; it must not hang the planner
+            )
             depth[key] = 1 + max((visit(n) for n in resource.needs if n in state), default=-1)
         return depth[key]
 

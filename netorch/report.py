@@ -63,7 +63,9 @@ def up(outcome: Outcome, progress: Printer) -> None:
     where = f" {_where(outcome.place)}" if outcome.place else ""
     click.echo(f"lab {outcome.lab} is up{where}: {count} in {progress.seconds:.1f} s")
     if outcome.place and outcome.place.private and outcome.place.uplink == "none":
-        click.echo("there is no way out of it: neither pasta nor slirp4netns is installed, or wanted")
+        click.echo(
+            "there is no way out of it: neither pasta nor slirp4netns is installed, or wanted"
+        )
 
 
 def down(lab: Lab, progress: Printer, errors: Sequence[str]) -> None:
@@ -81,7 +83,11 @@ def plan_text(outcome: Outcome) -> None:
         sign, colour = SIGNS[type(action)]
         click.echo(f"{click.style(sign, fg=colour)} {line}")
     count = len(outcome.plan)
-    click.echo(f"{count} change{'s' if count != 1 else ''} to lab {outcome.lab}" if count else "nothing to do")
+    click.echo(
+        f"{count} change{'s' if count != 1 else ''} to lab {outcome.lab}"
+        if count
+        else "nothing to do"
+    )
 
 
 def plan_json(outcome: Outcome) -> dict[str, Any]:
@@ -97,21 +103,27 @@ def status_text(standing: Standing) -> None:
     click.echo(f"lab {lab.name} {_where(lab.place)}")
     rows = []
     for state, key, resource in standing.rows():
-        rows.append((click.style(state, fg=COLOURS[state]), key, _detail(standing, state, resource)))
+        rows.append(
+            (click.style(state, fg=COLOURS[state]), key, _detail(standing, state, resource))
+        )
     table(("STATE", "KEY", "WHAT"), rows)
     held = leases.read(lab.scope)
     if held:
         click.echo()
         leases_table(held)
     if standing.desired is None:
-        click.echo("the record of its topology is lost: only `netorch teardown`, or `apply` of its file, helps")
+        click.echo("the record of its topology is lost: apply its file again, or tear it down")
 
 
 def status_json(standing: Standing) -> dict[str, Any]:
     """`{"lab", "place", "in_sync", "resources": [...], "leases": [...]}`."""
     rows = []
     for state, key, resource in standing.rows():
-        row: dict[str, Any] = {"state": state, "key": key, "resource": msgspec.to_builtins(resource)}
+        row: dict[str, Any] = {
+            "state": state,
+            "key": key,
+            "resource": msgspec.to_builtins(resource),
+        }
         observed = standing.observed.get(key)
         if state == "changed" and observed is not None:
             row["observed"] = msgspec.to_builtins(observed)
@@ -133,7 +145,9 @@ def labs_text(there: Sequence[Lab]) -> None:
         record = rundir.recorded(lab.run)
         topology = topology_of(record) if record else None
         counts = (str(len(topology.guests)), str(len(topology.hosts))) if topology else ("?", "?")
-        rows.append((lab.name, _where(lab.place), *counts, record.source if record else "record lost"))
+        rows.append(
+            (lab.name, _where(lab.place), *counts, record.source if record else "record lost")
+        )
     table(("LAB", "PLACE", "GUESTS", "HOSTS", "FILE"), rows)
 
 
@@ -160,7 +174,10 @@ def leases_json(lab: Lab) -> list[dict[str, Any]]:
 
 
 def leases_table(held: Iterable[leases.Lease]) -> None:
-    rows = [(lease.network, lease.name or "-", lease.address, lease.mac, _until(lease)) for lease in held]
+    rows = [
+        (lease.network, lease.name or "-", lease.address, lease.mac, _until(lease))
+        for lease in held
+    ]
     table(("NETWORK", "NAME", "ADDRESS", "MAC", "EXPIRES"), rows)
 
 
@@ -168,7 +185,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns, without borders or truncation, so that both eyes and awk can read them."""
     widths = [max(len(click.unstyle(row[i])) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
-        cells = [cell + " " * (width - len(click.unstyle(cell))) for cell, width in zip(row, widths, strict=True)]
+        cells = [
+            cell + " " * (width - len(click.unstyle(cell)))
+            for cell, width in zip(row, widths, strict=True)
+        ]
         click.echo("  ".join(cells).rstrip())
 
 
@@ -185,7 +205,9 @@ def _signed(action: Action) -> str:
 def _detail(standing: Standing, state: str, resource: Resource) -> str:
     observed = standing.observed.get(resource.key)
     if state == "changed" and observed is not None:
-        return f"{resource.describe()}; it is not as applied: {', '.join(resource.changes(observed))}"
+        return (
+            f"{resource.describe()}; it is not as applied: {', '.join(resource.changes(observed))}"
+        )
     return resource.describe()
 
 

@@ -1,12 +1,12 @@
 """Resources: what a lab consists of once it runs, each as one frozen value.
 
-The desired State (from the compiler) and the observed State (from `netorch.system`) are made of the same
-classes, and equality is the definition of "in sync". So a field belongs here only if the machine can be
-asked for it; what a process was started with is asked of the process itself (its environment carries
-this very value as JSON, see `encode` and `decode`).
+The desired State (from the compiler) and the observed State (from `netorch.system`) are made of the
+same classes, and equality is the definition of "in sync". So a field belongs here only if the
+machine can be asked for it; what a process was started with is asked of the process itself (its
+environment carries this very value as JSON, see `encode` and `decode`).
 
 Every resource has
-    key      its name within the lab, `<kind>:<what the file calls it>`; it is also its mark in the kernel
+    key      its name within the lab, `<kind>:<what the file calls it>`, and its mark in the kernel
     needs    the keys of what has to exist before it
 and may say how it fares when something that it needs is made again (`after_replace`).
 """
@@ -20,7 +20,7 @@ T = TypeVar("T", bound="Resource")
 
 
 class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
-    """The base of all resources. Sub-classes are frozen structs that encode to tagged JSON objects."""
+    """The base of all resources: frozen structs that encode to tagged JSON objects."""
 
     # Fields that a running object can take on; a difference in any other field makes it again.
     live: ClassVar[frozenset[str]] = frozenset()
@@ -34,7 +34,9 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
         return ("record",)
 
     def after_replace(self, needed: str) -> Self | None:
-        """What is left of this one once `needed` has been deleted; None: it is gone or useless as well."""
+        """What is left of this one once `needed` has been deleted; None: it is gone or useless as
+        well.
+        """
         return None
 
     def describe(self) -> str:
@@ -51,7 +53,9 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
 
 
 class Record(Resource, frozen=True):
-    """The topology as it was applied, kept in the run directory for `status` and the commands after it."""
+    """The topology as it was applied, kept in the run directory for `status` and the commands after
+    it.
+    """
 
     live: ClassVar[frozenset[str]] = frozenset({"text", "source"})
     text: str  # the Topology as JSON
@@ -73,7 +77,9 @@ class Record(Resource, frozen=True):
 
 
 class Namespace(Resource, frozen=True):
-    """The network namespace that plays one `[hosts]` machine. `up`: it is mounted, and its lo is up."""
+    """The network namespace that plays one `[hosts]` machine. `up`: it is mounted, and its lo is
+    up.
+    """
 
     live: ClassVar[frozenset[str]] = frozenset({"up"})
     host: str
@@ -88,9 +94,13 @@ class Namespace(Resource, frozen=True):
 
 
 class Bridge(Resource, frozen=True):
-    """A bridge of the lab's own. `addresses` are `a.b.c.d/len`; `forwarding` is IPv4's, per interface."""
+    """A bridge of the lab's own. `addresses` are `a.b.c.d/len`; `forwarding` is IPv4's, per
+    interface.
+    """
 
-    live: ClassVar[frozenset[str]] = frozenset({"mac", "mtu", "addresses", "forwarding", "stp", "up"})
+    live: ClassVar[frozenset[str]] = frozenset(
+        {"mac", "mtu", "addresses", "forwarding", "stp", "up"}
+    )
     network: str
     name: str
     mac: str
@@ -114,10 +124,11 @@ class Bridge(Resource, frozen=True):
 
 
 class Tap(Resource, frozen=True):
-    """A persistent tap on a bridge. `id` is what the key is made of: `vm1:0` or the name in `[taps]`.
+    """A persistent tap on a bridge. `id` is what the key is made of: `vm1:0` or the name in
+    `[taps]`.
 
-    `mac` is the host side's; `bridge` is the interface name of the bridge ("" for none); `owner` is a uid:
-    a tap without one can be taken by whoever may open /dev/net/tun.
+    `mac` is the host side's; `bridge` is the interface name of the bridge ("" for none); `owner` is
+    a uid: a tap without one can be taken by whoever may open /dev/net/tun.
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"network", "bridge", "mac", "mtu", "up"})
@@ -150,8 +161,8 @@ class Tap(Resource, frozen=True):
 class Veth(Resource, frozen=True):
     """A veth pair between a bridge and a host's namespace.
 
-    `name` is the bridge's end; `device`, `mac`, `addresses` (static ones), and `gateway` (of the default
-    route, "" for none) belong to the host's end.
+    `name` is the bridge's end; `device`, `mac`, `addresses` (static ones), and `gateway` (of the
+    default route, "" for none) belong to the host's end.
     """
 
     live: ClassVar[frozenset[str]] = frozenset(
@@ -183,16 +194,19 @@ class Veth(Resource, frozen=True):
         return None
 
     def describe(self) -> str:
-        words = [f"veth {self.name} on {self.bridge or 'no bridge'}: {self.host} {self.device}", *self.addresses]
+        words = [
+            f"veth {self.name} on {self.bridge or 'no bridge'}: {self.host} {self.device}",
+            *self.addresses,
+        ]
         return " ".join(words)
 
 
 class Ruleset(Resource, frozen=True, eq=False):
     """The lab's nft table. Two are equal when their digests are.
 
-    `text` is a script that makes the table: the rendered one when desired, the kernel's own listing when
-    observed (so a change can be undone). `digest` is that of the rendered text; "" when the table is not
-    as netorch left it.
+    `text` is a script that makes the table: the rendered one when desired, the kernel's own listing
+    when observed (so a change can be undone). `digest` is that of the rendered text; "" when the
+    table is not as netorch left it.
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"digest", "text"})
@@ -205,6 +219,9 @@ class Ruleset(Resource, frozen=True, eq=False):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ruleset) and self.digest == other.digest
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # the base class has one of its own, which compares all fields
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -234,8 +251,8 @@ class Forwarding(Resource, frozen=True):
 class Dnsmasq(Resource, frozen=True):
     """The DHCP and DNS server of one network.
 
-    `config` is its configuration file, `hosts` the DHCP reservations and `names` the static names (in the
-    format of /etc/hosts); the last two are read again on SIGHUP.
+    `config` is its configuration file, `hosts` the DHCP reservations and `names` the static names
+    (in the format of /etc/hosts); the last two are read again on SIGHUP.
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"hosts", "names"})
@@ -293,8 +310,8 @@ class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
 class Guest(Resource, frozen=True):
     """A running QEMU. `image` is `tiny` or an absolute path, run on an overlay; `memory` is in MiB.
 
-    `vnc` is a display number on loopback, -1 for none. `networks` are those whose services it waits for.
-    `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
+    `vnc` is a display number on loopback, -1 for none. `networks` are those whose services it waits
+    for. `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"state"})
@@ -327,16 +344,7 @@ class Guest(Resource, frozen=True):
 
 
 AnyResource = (
-    Record
-    | Namespace
-    | Bridge
-    | Tap
-    | Veth
-    | Ruleset
-    | Forwarding
-    | Dnsmasq
-    | DhcpClient
-    | Guest
+    Record | Namespace | Bridge | Tap | Veth | Ruleset | Forwarding | Dnsmasq | DhcpClient | Guest
 )
 
 
@@ -378,7 +386,7 @@ EMPTY = State()
 
 
 def encode(resource: Resource) -> str:
-    """The resource as one line of JSON, the form in which a process carries it in its environment."""
+    """The resource as a line of JSON, as a process carries it in its environment."""
     return msgspec.json.encode(resource).decode()
 
 

@@ -1,7 +1,8 @@
 """The machine: the only package that touches the kernel, processes and files.
 
-`System` is what the engine sees: observe, check, execute. Behind it stands one adapter for each family of
-resources; each observes what carries the lab's mark and makes, changes and deletes what it is handed.
+`System` is what the engine sees: observe, check, execute. Behind it stands one adapter for each
+family of resources; each observes what carries the lab's mark and makes, changes and deletes what
+it is handed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,11 +15,11 @@ from netorch.resources import Resource, State
 class Adapter(Protocol):
     """One family of resources on the real machine.
 
-    `create`, `update` and `delete` take resources that don't depend on each other, in any number, and call
-    `done(resource)` for each as soon as it is as asked; on an error they raise a NetorchError for the first
-    one that failed ("failed to create bridge virbr0: File exists"), after `done` was called for all that
-    did succeed. All of them may be called twice: creating what an interrupted run left half made, or
-    deleting what is gone, succeeds.
+    `create`, `update` and `delete` take resources that don't depend on each other, in any number,
+    and call `done(resource)` for each as soon as it is as asked; on an error they raise a
+    NetorchError for the first one that failed ("failed to create bridge virbr0: File exists"),
+    after `done` was called for all that did succeed. All of them may be called twice: creating what
+    an interrupted run left half made, or deleting what is gone, succeeds.
     """
 
     @property
@@ -29,7 +30,9 @@ class Adapter(Protocol):
         ...
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
-        """Why `wanted` can't be created, a sentence each: foreign objects in the way, missing programs."""
+        """Why `wanted` can't be created, a sentence each: foreign objects in the way, missing
+        programs.
+        """
         ...
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None: ...

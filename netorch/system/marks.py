@@ -8,7 +8,8 @@ from netorch.system.snapshot import links
 
 
 def marked_labs() -> list[str]:
-    """The names of the labs that have links, processes or nft tables in the current network namespace.
+    """The names of the labs that have links, processes or nft tables in the current network
+    namespace.
 
     Tables are only looked for by those who may see them.
     """

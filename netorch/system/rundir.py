@@ -1,8 +1,8 @@
 """The run directory: its lock, the record of what was applied, and its end.
 
-Goal: one command at a time works on a lab, and after teardown neither directory nor lock file is left. So
-the lock is a flock on the directory itself. Whoever waited for it looks again whether the path still leads
-to the directory that was locked, since the one before may have removed it.
+Goal: one command at a time works on a lab, and after teardown neither directory nor lock file is
+left. So the lock is a flock on the directory itself. Whoever waited for it looks again whether the
+path still leads to the directory that was locked, since the one before may have removed it.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import msgspec
 from netorch.errors import MissingError, NetorchError
 from netorch.planner import Update
 from netorch.resources import Record, Resource
+from netorch.system.namespaces import MNT_DETACH, unmount
 from netorch.system.scope import Scope
 
 RECORD = "record.json"
@@ -26,7 +27,8 @@ RECORD = "record.json"
 def locked(run: Path) -> Iterator[None]:
     """Hold the lab's lock; makes the run directory where it is missing. Waits for whoever has it.
 
-    Raises MissingError where the directory can't be made, NetorchError where it belongs to someone else.
+    Raises MissingError where the directory can't be made, NetorchError where it belongs to someone
+    else.
     """
     while True:
         try:
@@ -54,8 +56,19 @@ def locked(run: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def leave(run: Path) -> None:
+    """Unmount the tmpfs that this process, if it has moved into a private place, still sees in
+    `run`.
+    """
+    netns = run / "netns"
+    if netns.is_mount():
+        unmount(netns, MNT_DETACH)
+
+
 def remove(scope: Scope) -> None:
-    """Remove all that the lab has in the file system, and the directories above it that are empty then."""
+    """Remove all that the lab has in the file system, and the directories above it that are empty
+    then.
+    """
     for directory in (scope.disks, scope.run):
         if directory.is_dir():
             shutil.rmtree(directory)
@@ -69,7 +82,9 @@ def all_of(base: Path) -> list[Path]:
 
 
 def recorded(run: Path) -> Record | None:
-    """The record in a run directory; None where there is none. Raises NetorchError if it is not readable."""
+    """The record in a run directory; None where there is none. Raises NetorchError if it is not
+    readable.
+    """
     path = run / RECORD
     try:
         return msgspec.json.decode(path.read_bytes(), type=Record)

@@ -3,8 +3,9 @@
 Marks, one for each place where the kernel lets us leave one:
     links       alias `netorch:<lab>:<key>`, and a link group derived from the lab's name
     nft         table `inet netorch_<lab>`
-    processes   environment NETORCH_LAB, NETORCH_PLACE (inode of the network namespace), NETORCH_RESOURCE
-    hosts       the file name that the namespace is mounted on: `netorch:<lab>:<host>:<place>`
+    processes   environment NETORCH_LAB, NETORCH_PLACE (inode of the network namespace), and
+                NETORCH_RESOURCE (the resource as JSON)
+    hosts       the file that the namespace is mounted on, `netorch:<lab>:<host>:<place>`
 """
 
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 import msgspec
 
 from netorch.resources import Resource, encode
-
 
 TABLE_PREFIX = "netorch_"
 CLAIMS_PREFIX = "netorchundo_"
@@ -48,7 +48,9 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def namespaces(self) -> Path:
-        """The directory of the hosts' mounted namespaces; in a private place a tmpfs of the lab's own."""
+        """The directory of the hosts' mounted namespaces; in a private place a tmpfs of the lab's
+        own.
+        """
         return self.run / "netns" if self.private else Path("/run/netns")
 
     def namespace(self, host: str) -> Path:
@@ -69,7 +71,9 @@ def current_place() -> int:
 
 
 def run_base() -> Path:
-    """Where run directories are: $NETORCH_RUN_DIR, /run/netorch for root, else below $XDG_RUNTIME_DIR."""
+    """Where run directories are: $NETORCH_RUN_DIR, /run/netorch for root, else below
+    $XDG_RUNTIME_DIR.
+    """
     if chosen := os.environ.get("NETORCH_RUN_DIR"):
         return Path(chosen)
     if _is_root():
@@ -81,7 +85,8 @@ def run_base() -> Path:
 
 
 def disks_base() -> Path:
-    """Where overlays are, never on a tmpfs: $NETORCH_DISK_DIR, /var/lib/netorch for root, else the user's state.
+    """Where overlays are, never on a tmpfs: $NETORCH_DISK_DIR, /var/lib/netorch for root, else the
+    user's state.
 
     The user's is below $XDG_STATE_HOME, by default ~/.local/state.
     """
@@ -94,5 +99,5 @@ def disks_base() -> Path:
 
 
 def _is_root() -> bool:
-    """Root of the machine or a container, and not somebody who only plays root in a user namespace."""
+    """Root of the machine or a container, not someone who plays root in a user namespace."""
     return os.geteuid() == 0 and os.access("/run", os.W_OK) and os.access("/var/lib", os.W_OK)

@@ -1,8 +1,8 @@
 """A machine in memory, for the engine's logic only. What it shows is never reported as working.
 
-It behaves as the kernel does where that matters to the engine: a deleted bridge lets go of its ports, a
-deleted namespace takes its veths along, creating what is there or needs what is missing fails. Its state
-prints as text, and it can be told to fail at the n-th change.
+It behaves as the kernel does where that matters to the engine: a deleted bridge lets go of its
+ports, a deleted namespace takes its veths along, creating what is there or needs what is missing
+fails. Its state prints as text, and it can be told to fail at the n-th change.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,7 @@ import msgspec
 
 from netorch.errors import KernelError
 from netorch.planner import Action, Create, Delete, Update
-from netorch.resources import Namespace, Resource, State, Tap, Veth
+from netorch.resources import EMPTY, Namespace, Resource, State, Tap, Veth
 
 
 class Killed(BaseException):
@@ -19,7 +19,7 @@ class Killed(BaseException):
 
 
 class FakeSystem:
-    def __init__(self, state: State = State()) -> None:
+    def __init__(self, state: State = EMPTY) -> None:
         self.there = {resource.key: resource for resource in state}
         self.changes = 0
         self.fail_at: int | None = None
@@ -56,9 +56,14 @@ class FakeSystem:
         if isinstance(action, Create):
             assert action.key not in self.there, f"{action.key} is there already"
         else:
-            assert self.there.get(action.key) == action.old, f"{action.key} is not as it was planned"
+            assert self.there.get(action.key) == action.old, (
+                f"{action.key} is not as it was planned"
+            )
         for needed in action.new.needs:
-            if needed.partition(":")[0] not in ("dnsmasq", "ruleset"):  # both may be absent by design
+            if needed.partition(":")[0] not in (
+                "dnsmasq",
+                "ruleset",
+            ):  # both may be absent by design
                 assert needed in self.there, f"{action.key} needs {needed}"
         self.there[action.key] = action.new
 

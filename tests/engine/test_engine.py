@@ -12,7 +12,7 @@ from netorch.compiler import compile
 from netorch.engine import Progress
 from netorch.errors import ApplyError, ConflictError
 from netorch.facts import Facts, Uplink
-from netorch.planner import Delete, diff
+from netorch.planner import Delete, Plan, diff
 from netorch.resources import EMPTY, Bridge, Record, Resource, State, Tap
 from tests.engine.fake import FakeSystem, Killed
 from tests.engine.topologies import random_topology, state_of
@@ -55,7 +55,9 @@ class TestTransition:
         def half(resource: Resource) -> Resource | None:
             if isinstance(resource, Tap):
                 return msgspec.structs.replace(resource, up=False, bridge="")
-            return msgspec.structs.replace(resource, mtu=999) if isinstance(resource, Bridge) else None
+            return (
+                msgspec.structs.replace(resource, mtu=999) if isinstance(resource, Bridge) else None
+            )
 
         for n in range(1, len(diff(new, old)) + 1):
             machine = FakeSystem(old)
@@ -73,8 +75,7 @@ class TestTransition:
             machine.fail_at = n
             machine.fail_with = Killed()
             with pytest.raises(Killed):
-                for step in diff(new, machine.observe()).steps:
-                    machine.execute(step, lambda action: None)
+                execute(machine, diff(new, old))
             killed = FakeSystem(machine.observe())
             engine.apply(machine, new, Progress())
             assert machine.observe() == new
@@ -91,6 +92,11 @@ class TestTransition:
             engine.apply(machine, new, Progress())
         assert machine.observe() == old
         assert caught.value.undone
+
+
+def execute(machine: FakeSystem, plan: Plan) -> None:
+    for step in plan.steps:
+        machine.execute(step, lambda action: None)
 
 
 def some_state() -> State:

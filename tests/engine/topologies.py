@@ -22,7 +22,9 @@ def random_topology(rng: random.Random) -> Topology:
             bridge=rng.choice([None, f"br{index}"]),
             mtu=rng.choice([None, 1400]),
         )
-        for index, name in enumerate(rng.sample(["default", "lan", "lab", "dmz"], rng.randint(1, 3)))
+        for index, name in enumerate(
+            rng.sample(["default", "lan", "lab", "dmz"], rng.randint(1, 3))
+        )
     }
     names = list(networks)
     static = {name: f"10.{index}.0.9/24" for index, name in enumerate(networks)}
@@ -41,8 +43,14 @@ def random_topology(rng: random.Random) -> Topology:
         for i in range(rng.randint(0, 1))
         for network in [rng.choice(names)]
     }
-    taps = {"lab": Taps(network=rng.choice(names), count=rng.randint(1, 3))} if rng.random() < 0.5 else {}
-    return Topology(lab=Lab(name="random"), networks=networks, guests=guests, hosts=hosts, taps=taps)
+    taps = (
+        {"lab": Taps(network=rng.choice(names), count=rng.randint(1, 3))}
+        if rng.random() < 0.5
+        else {}
+    )
+    return Topology(
+        lab=Lab(name="random"), networks=networks, guests=guests, hosts=hosts, taps=taps
+    )
 
 
 def state_of(topology: Topology) -> State:

@@ -14,7 +14,17 @@ from netorch.errors import NetorchError
 from netorch.facts import Facts, Uplink
 from netorch.model import Guest as GuestModel
 from netorch.model import Lab, Nic, Topology
-from netorch.resources import Bridge, Dnsmasq, Forwarding, Guest, Resource, Ruleset, State, Tap, Veth
+from netorch.resources import (
+    Bridge,
+    Dnsmasq,
+    Forwarding,
+    Guest,
+    Resource,
+    Ruleset,
+    State,
+    Tap,
+    Veth,
+)
 from netorch.topology import load, parse
 
 ROOT = Path(__file__).parents[2]
@@ -43,10 +53,14 @@ def shown(resource: Resource) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "topologies").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "topologies").glob("*.toml")), ids=lambda path: path.stem
+)
 def test_shipped_topologies(path: Path, golden: Callable[[Path, str], None]) -> None:
     topology = load(path)
-    state = compile(topology, FACTS, Path("/run/netorch") / topology.name, f"netorch_{topology.name}")
+    state = compile(
+        topology, FACTS, Path("/run/netorch") / topology.name, f"netorch_{topology.name}"
+    )
     golden(GOLDEN / f"{path.stem}.txt", "\n\n".join(map(shown, state)) + "\n")
 
 
@@ -158,10 +172,14 @@ def test_every_need_is_met() -> None:
         state = compile(topology, FACTS, Path("/run/x"), "netorch_x")
         for resource in state:
             for needed in resource.needs:
-                assert needed in state or needed == "ruleset", f"{path.stem}: {resource.key} needs {needed}"
+                assert needed in state or needed == "ruleset", (
+                    f"{path.stem}: {resource.key} needs {needed}"
+                )
 
 
-NAMES = st.lists(st.from_regex(r"[a-z][a-z0-9]{0,5}", fullmatch=True), min_size=1, max_size=40, unique=True)
+NAMES = st.lists(
+    st.from_regex(r"[a-z][a-z0-9]{0,5}", fullmatch=True), min_size=1, max_size=40, unique=True
+)
 
 
 def guests(names: list[str]) -> State:

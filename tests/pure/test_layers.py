@@ -1,4 +1,6 @@
-"""Imports point downwards only, and what is below `system` touches no machine (docs/architecture.md)."""
+"""Imports point downwards only, and what is below `system` touches no machine
+(docs/architecture.md).
+"""
 
 import ast
 from pathlib import Path
@@ -17,14 +19,25 @@ LAYERS = (
     {"system"},
     {"planner"},
     {"compiler"},
-    {"networks", "guests", "topology", "schema"},
+    {"addresses", "networks", "guests", "topology", "schema"},
     {"topology_checks", "topology_clashes", "topology_shape", "topology_values", "toml_lines"},
     {"resources", "facts", "names"},
     {"model"},
     {"errors", "__init__"},
 )
 PURE = frozenset().union(*LAYERS[6:]) - {"__init__"}
-MACHINE = {"ctypes", "fcntl", "nftables", "os", "pyroute2", "select", "signal", "socket", "subprocess", "time"}
+MACHINE = {
+    "ctypes",
+    "fcntl",
+    "nftables",
+    "os",
+    "pyroute2",
+    "select",
+    "signal",
+    "socket",
+    "subprocess",
+    "time",
+}
 # topology reads the file that it is given, and makes paths absolute.
 ALLOWED = {("topology", "os")}
 
@@ -61,13 +74,19 @@ def test_imports_point_downwards(path: Path) -> None:
     here = depth(name_of(path))
     for parts in imports(path):
         if parts[0] == "netorch" and len(parts) > 1 and parts[1] != "__version__":
-            assert depth(parts[1]) >= here, f"{name_of(path)} imports {'.'.join(parts)}, which is above it"
+            assert depth(parts[1]) >= here, (
+                f"{name_of(path)} imports {'.'.join(parts)}, which is above it"
+            )
 
 
-@pytest.mark.parametrize("path", [p for p in modules() if name_of(p) in PURE], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in modules() if name_of(p) in PURE], ids=lambda path: path.stem
+)
 def test_what_is_pure_touches_no_machine(path: Path) -> None:
     for parts in imports(path):
-        assert parts[0] not in MACHINE or (path.stem, parts[0]) in ALLOWED, f"{path.stem} imports {parts[0]}"
+        assert parts[0] not in MACHINE or (path.stem, parts[0]) in ALLOWED, (
+            f"{path.stem} imports {parts[0]}"
+        )
 
 
 def test_modules_stay_readable() -> None:
