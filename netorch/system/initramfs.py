@@ -188,8 +188,8 @@ def module_name(file_name: str) -> str:
 def read_module(name: str, data: bytes) -> Module:
     """The module in an uncompressed .ko file, without its signature.
 
-    The signature is left out since checking it costs an emulated processor 5 to 10 ms for each
-    module, and a kernel that does not enforce signatures loads the module without one.
+    The signature is left out to spare an emulated processor the check (its cost is not measured);
+    a kernel that does not enforce signatures loads the module without one.
     """
     fields: dict[str, list[str]] = {}
     for item in _section(data, ".modinfo").split(b"\0"):

@@ -12,8 +12,8 @@ distribution's packages (module debs), which works as an ordinary user:
 - busybox: a static one.
 - qemu-ga, the real guest agent, with its loader and the libraries that it is linked with.
 
-The archive stays uncompressed: the kernel copies 10 MB faster than an emulated processor can
-unpack 4 MB.
+The archive stays uncompressed. Copying 16.5 MB of it took the guest 0.11 s (Linux 6.1, TCG); no
+compression was tried against that.
 """
 
 from __future__ import annotations
@@ -52,7 +52,17 @@ _LIBRARIES = (
     *("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu"),
     *("/lib64", "/usr/lib64", "/lib", "/usr/lib"),
 )
-_PROFILE = "export HOME=/root PS1='\\h:\\w# '\ncd\n"
+# A static busybox has no home directory to shorten \w to ~ with (glibc looks it up by NSS).
+_PROFILE = r"""export HOME=/root
+cd() {
+    command cd "$@" || return
+    case $PWD in
+        "$HOME" | "$HOME"/*) PS1="\h:~${PWD#"$HOME"}# " ;;
+        *) PS1='\h:\w# ' ;;
+    esac
+}
+cd
+"""
 _FSTAB = """\
 proc /proc proc
 sys /sys sysfs
@@ -200,8 +210,11 @@ def _decompress(data: bytes) -> bytes | None:
 def _bootable(path: Path) -> bytes:
     """The unpacked kernel where QEMU can enter it directly, else the image as it is."""
     image = path.read_bytes()
-    kernel = _decompress(initramfs.compressed_kernel(image))
-    return kernel if kernel and initramfs.has_pvh_entry(kernel) else image
+    try:
+        kernel = _decompress(initramfs.compressed_kernel(image))
+        return kernel if kernel and initramfs.has_pvh_entry(kernel) else image
+    except (ValueError, lzma.LZMAError, zlib.error):
+        return image  # in a form that is not known here; QEMU boots what its firmware can unpack
 
 
 @dataclass(frozen=True)
@@ -319,7 +332,7 @@ def _programs(busybox: _Busybox) -> list[Entry]:
 
 def _drivers(kernel: _Kernel) -> list[Entry]:
     where = f"lib/modules/{kernel.release}"
-    # The aliases of single USB products are 60 of modules.alias's 80 KB, which modprobe reads whole.
+    # The aliases of single USB products are 17 of the 58 KB that modprobe would read each time.
     modules = {
         module.name: replace(
             module, aliases=tuple(one for one in module.aliases if not one.startswith("usb:v0"))
