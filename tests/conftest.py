@@ -30,7 +30,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    """Fails the session if the machine is not as it was: links, rules, sysctls, mounts, processes."""
+    """Fails the session if the machine is not as it was (tests/untouched.py)."""
     os.environ[untouched.TAG] = str(os.getpid())
     before = untouched.machine()
     yield

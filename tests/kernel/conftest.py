@@ -1,0 +1,33 @@
+"""Tests against the real kernel: every body runs in a network namespace of its own
+(tests/isolation.py).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from netorch.system.scope import Scope, current_place
+from tests import isolation
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
+    isolation.run(pyfuncitem)
+    return True
+
+
+@pytest.fixture
+def scope(tmp_path: Path) -> Callable[..., Scope]:
+    """Makes the Scope of a lab; to be called in the test's body, which is where the place is
+    known.
+    """
+
+    def make(lab: str = "t", *, private: bool = False) -> Scope:
+        run = tmp_path / "run" / lab
+        run.mkdir(parents=True, exist_ok=True)
+        return Scope(
+            lab=lab, place=current_place(), private=private, run=run, disks=tmp_path / "disks"
+        )
+
+    return make

@@ -1,0 +1,102 @@
+"""What tests must leave as they found it: the root network namespace, its rules and sysctls,
+mounts, processes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+# Every process that a test session starts inherits it: those of other sessions on the same
+# machine are not this one's to judge.
+TAG = "TESTS_OF_NETORCH"
+
+
+def machine() -> dict[str, set[str]]:
+    """All that is compared, by kind, each as lines of text. What this user can't read is not
+    there.
+    """
+    return {
+        "links": set(_links()),
+        "addresses": set(_addresses()),
+        "routes": set(_routes()),
+        "nft rules": set(_nft()),
+        "sysctls": set(_sysctls()),
+        "mounts": set(_mounts()),
+        "processes": set(_processes()),
+    }
+
+
+def differences(before: dict[str, set[str]], after: dict[str, set[str]]) -> list[str]:
+    lines = []
+    for kind in before:
+        lines += [f"{kind}: new: {line}" for line in sorted(after[kind] - before[kind])]
+        lines += [f"{kind}: gone: {line}" for line in sorted(before[kind] - after[kind])]
+    return lines
+
+
+def _ip(*arguments: str) -> list[dict[str, object]]:
+    out = subprocess.run(["ip", "-json", *arguments], capture_output=True, text=True, check=True)
+    listed: list[dict[str, object]] = json.loads(out.stdout or "[]")
+    return [entry for entry in listed if entry]
+
+
+def _pick(entry: dict[str, object], *names: str) -> str:
+    return " ".join(f"{name}={entry[name]}" for name in names if name in entry)
+
+
+def _links() -> Iterator[str]:
+    for link in _ip("link"):
+        yield _pick(
+            link, "ifindex", "ifname", "address", "mtu", "master", "group", "ifalias", "flags"
+        )
+
+
+def _addresses() -> Iterator[str]:
+    for link in _ip("address"):
+        addresses = link["addr_info"]
+        assert isinstance(addresses, list)
+        for address in addresses:
+            yield f"{link['ifname']} {_pick(address, 'local', 'prefixlen')}"
+
+
+def _routes() -> Iterator[str]:
+    for family in ("-4", "-6"):
+        for route in _ip(family, "route", "show", "table", "all"):
+            yield _pick(route, "type", "dst", "gateway", "dev", "table", "metric")
+
+
+def _nft() -> Iterator[str]:
+    if shutil.which("nft"):
+        listed = subprocess.run(
+            ["nft", "--stateless", "list", "ruleset"], capture_output=True, text=True, check=False
+        )
+        yield from listed.stdout.splitlines()
+
+
+def _sysctls() -> Iterator[str]:
+    root = Path("/proc/sys/net")
+    found = [root / "ipv4/ip_forward", *root.glob("ipv[46]/conf/*/forwarding")]
+    for path in [*found, *root.glob("ipv6/conf/*/accept_ra")]:
+        yield f"{path} = {path.read_text().strip()}"
+
+
+def _mounts() -> Iterator[str]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        target = line.split()[4]
+        if target.startswith("/run/netns/") or "netorch" in target:
+            yield target
+
+
+def _processes() -> Iterator[str]:
+    session = f"{TAG}={os.environ.get(TAG)}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environment = path.read_bytes().split(b"\0")
+            name = (path.parent / "comm").read_text().strip()
+        except OSError:  # another user's, or gone meanwhile
+            continue
+        if session in environment:
+            yield f"{path.parent.name} {name}"
