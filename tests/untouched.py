@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from netorch.system.scope import disks_base, run_base
+
 # Every process that a test session starts inherits it: those of other sessions on the same
 # machine are not this one's to judge.
 TAG = "TESTS_OF_NETORCH"
@@ -26,6 +28,7 @@ def machine() -> dict[str, set[str]]:
         "sysctls": set(_sysctls()),
         "mounts": set(_mounts()),
         "processes": set(_processes()),
+        "files": set(_files()),
     }
 
 
@@ -100,3 +103,13 @@ def _processes() -> Iterator[str]:
             continue
         if session in environment:
             yield f"{path.parent.name} {name}"
+
+
+def _files() -> Iterator[str]:
+    for base in (run_base(), disks_base()):
+        yield from map(str, base.rglob("*"))
+
+
+if __name__ == "__main__":
+    for kind, lines in machine().items():
+        print(*(f"{kind}: {line}" for line in sorted(lines)), sep="\n")
