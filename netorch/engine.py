@@ -40,6 +40,9 @@ class Progress:
     def done(self, action: Action) -> None:
         """One action was carried out."""
 
+    def warn(self, line: str) -> None:
+        """Something that is not an error, but will keep the lab from working as its file says."""
+
     def undoing(self, reason: BaseException) -> None:
         """A step failed or the person interrupted: the rollback begins."""
 
@@ -85,10 +88,17 @@ class Undo:
             raise ApplyError(str(reason), undone=undone, left=left) from reason
 
 
-def apply(machine: Machine, desired: State, progress: Progress) -> Plan:
+def apply(
+    machine: Machine,
+    desired: State,
+    progress: Progress,
+    ready: Callable[[Plan], object] = lambda plan: None,
+) -> Plan:
     """Bring the machine to `desired`; return the plan that did it, empty if nothing had to be done.
 
-    Raises ConflictError before the first change, ApplyError after the rollback.
+    `ready` waits for what has to come to life by itself; what it raises leaves the machine as it is
+    then, except that an interruption takes back what was done. Raises ConflictError before the
+    first change, ApplyError after the rollback.
     """
     observed = machine.observe()
     plan = diff(desired, observed)
@@ -105,6 +115,11 @@ def apply(machine: Machine, desired: State, progress: Progress) -> Plan:
                     + "; ".join(rest.describe()),
                     "is something else changing these objects at the same time?",
                 )
+    try:
+        ready(plan)
+    except KeyboardInterrupt:
+        with Undo(machine, observed, progress):
+            raise
     return plan
 
 

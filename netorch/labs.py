@@ -20,7 +20,7 @@ from netorch.errors import NetorchError, ReadyError, UsageError
 from netorch.facts import Facts, Uplink
 from netorch.model import Topology
 from netorch.planner import Plan, diff
-from netorch.resources import EMPTY, Record, Resource, State
+from netorch.resources import EMPTY, Record, Resource, Ruleset, State
 from netorch.system import System, rundir
 from netorch.system.places import (
     Place,
@@ -228,18 +228,18 @@ def topology_of(record: Record) -> Topology:
 
 
 def _apply_here(lab: Lab, topology: Topology, source: str, progress: Progress) -> Plan:
-    from netorch.system.leases import wait_ready
-
-    system = machine(lab.scope, progress.waiting)
     desired = _desired(lab, topology, source)
-    before = system.observe()
-    plan = engine.apply(system, desired, progress)
-    try:
+
+    def ready(plan: Plan) -> None:
+        from netorch.system.firewall import foreign_drops
+        from netorch.system.leases import wait_ready
+
+        if plan and desired.of(Ruleset):
+            for drop in foreign_drops():
+                progress.warn(drop)
         wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
-    except KeyboardInterrupt:
-        with engine.Undo(system, before, progress):
-            raise
-    return plan
+
+    return engine.apply(machine(lab.scope, progress.waiting), desired, progress, ready)
 
 
 def _find(topology: Topology, choice: PlaceChoice) -> Place | None:

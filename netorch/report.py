@@ -43,6 +43,9 @@ class Printer(Progress):
     def waiting(self, line: str) -> None:
         self._line(f"  {line}")
 
+    def warn(self, line: str) -> None:
+        self._line(f"{click.style('warning:', fg='yellow')} {line}")
+
     def undoing(self, reason: BaseException) -> None:
         self._undoing()
         self._line(click.style("undoing what was done", fg="red"))
@@ -62,10 +65,9 @@ def up(outcome: Outcome, progress: Printer) -> None:
     count = f"{progress.count} change{'s' if progress.count != 1 else ''}"
     where = f" {_where(outcome.place)}" if outcome.place else ""
     click.echo(f"lab {outcome.lab} is up{where}: {count} in {progress.seconds:.1f} s")
-    if outcome.place and outcome.place.private and outcome.place.uplink == "none":
-        click.echo(
-            "there is no way out of it: neither pasta nor slirp4netns is installed, or wanted"
-        )
+    if outcome.place and outcome.place.uplink == "none":
+        why = f": {outcome.place.reason}" if outcome.place.reason else ""
+        click.echo(f"it has no way out{why}")
 
 
 def down(lab: Lab, progress: Printer, errors: Sequence[str]) -> None:
