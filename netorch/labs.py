@@ -36,7 +36,7 @@ from netorch.system.scope import TABLE_PREFIX, Scope, current_place, disks_base,
 PlaceChoice = Literal["auto", "current", "private"]
 
 
-_PLACE = "place"  # in the run directory: the inode of the network namespace that it belongs to
+_PLACE = "place"  # in the run directory: the inode of its network namespace, and whether private
 
 
 class Lab(msgspec.Struct, frozen=True):
@@ -195,13 +195,25 @@ def labs() -> list[Lab]:
     """All labs that can be seen from here, by their marks and their run directories."""
     from netorch.system.marks import marked_labs
 
-    private = private_places()
     here = current_place()
     base = run_base()
     names = [*marked_labs(), *(run.name for run in rundir.all_of(base) if _place_of(run) == here)]
-    places = {name: Place(lab=name, private=False, inode=here) for name in names} | private
+    places = {name: Place(lab=name, private=True, inode=0) for name in _remains()}
+    places |= {name: Place(lab=name, private=False, inode=here) for name in names}
+    places |= private_places()
     found = [Lab(name, place, base / name, disks_base() / name) for name, place in places.items()]
     return sorted(found, key=lambda lab: lab.name)
+
+
+def _remains() -> list[str]:
+    """Labs of which only directories may be left: a private one that was killed, or a reboot."""
+    base = run_base()
+    runs = [run.name for run in rundir.all_of(base) if _place_of(run) is None or _was_private(run)]
+    disks = [d.name for d in rundir.all_of(disks_base()) if not (base / d.name).exists()]
+    if not runs and not disks:
+        return []
+    alive = {marks["NETORCH_LAB"] for _pid, marks in marked_processes()}
+    return [name for name in (*runs, *disks) if name not in alive]
 
 
 def find(name: str | None) -> Lab:
@@ -278,15 +290,19 @@ def _refuse_a_twin(lab: Lab) -> None:
             f"another lab {lab.name} runs in another network namespace (net:[{other}])",
             "give one of them another name ([lab] name), or set NETORCH_RUN_DIR",
         )
-    rundir.write(lab.run / _PLACE, str(here))
+    rundir.write(lab.run / _PLACE, f"{here} private" if lab.place.private else str(here))
 
 
 def _place_of(run: Path) -> int | None:
     """The network namespace that a run directory belongs to."""
     try:
-        return int((run / _PLACE).read_text())
-    except (FileNotFoundError, ValueError):
+        return int((run / _PLACE).read_text().split()[0])
+    except (FileNotFoundError, ValueError, IndexError):
         return None
+
+
+def _was_private(run: Path) -> bool:
+    return (run / _PLACE).read_text().endswith(" private")
 
 
 def _desired(lab: Lab, topology: Topology, source: str) -> State:

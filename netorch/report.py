@@ -216,6 +216,8 @@ def _detail(standing: Standing, state: str, resource: Resource) -> str:
 def _where(place: Place) -> str:
     if not place.private:
         return "in this network namespace"
+    if not place.init:
+        return "in a private namespace that is gone"
     return f"in a private namespace (uplink: {place.uplink})"
 
 

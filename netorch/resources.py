@@ -281,10 +281,14 @@ class Dnsmasq(Resource, frozen=True):
 
 
 class DhcpClient(Resource, frozen=True):
-    """A DHCP client that keeps the address of one interface of a host."""
+    """A DHCP client that keeps the address of one interface of a host.
+
+    `logged`: what it says can be read, so that its lease can be waited for.
+    """
 
     host: str
     device: str
+    logged: bool = True
 
     @property
     def key(self) -> str:

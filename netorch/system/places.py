@@ -36,7 +36,8 @@ UPLINKS = ("pasta", "slirp4netns", "none")
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """A place. `init` is the pid of PID 1 as this process sees it, 0 for the current place.
+    """A place. `init` is the pid of PID 1 as this process sees it, 0 for the current place and for
+    a private one that is gone.
 
     `reason` says why there is no uplink, where creating the place found that out.
     """
@@ -177,7 +178,7 @@ def marked_processes() -> Iterator[tuple[int, dict[str, str]]]:
 
 def _open_init(place: Place) -> int | None:
     """A pidfd of PID 1; None if it is gone. Marks are read after opening: no reused pid passes."""
-    pidfd = _pidfd(place.init)
+    pidfd = _pidfd(place.init) if place.init else None
     if pidfd is None:
         return None
     number = namespaces.pid_in_proc(pidfd)

@@ -1,0 +1,247 @@
+"""Leases, and waiting until every guest and host has its own.
+
+A node is ready when dnsmasq has written its lease; for one that this apply started, the lease has
+to be newer than the start. That is read from dnsmasq's log, where `services.note_start` leaves a
+line when a node starts: what the log says of the node's MAC after that line is how far it has come
+
+    nothing -> DHCPDISCOVER -> DHCPOFFER -> DHCPREQUEST -> DHCPACK (and the lease)
+
+Nothing is polled: dnsmasq's log and leases and the guests' consoles are files that inotify tells
+of, and the end of a process shows on its pidfd. A process that ends fails the wait at once. When
+the deadline passes, the reason for each late node is the first step without evidence.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from netorch.errors import ReadyError
+from netorch.planner import Create, Plan
+from netorch.resources import DhcpClient, Guest, State, Tap, Veth
+from netorch.system.late import guest_reason, host_reason, last_lines
+from netorch.system.processes import leaders, marked
+from netorch.system.scope import Scope
+from netorch.system.watch import Watch
+
+# dnsmasq 2.90, src/rfc2131.c, log_packet(): TYPE(interface) [address] mac ...
+_PACKET = re.compile(r"(DHCP[A-Z]+)\([^)]*\) (?:[\d.]+ )?([0-9a-f]{2}(?::[0-9a-f]{2}){5})")
+_STARTED = re.compile(r"netorch: (\S+) starts")
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """A DHCP lease. `expires` is in seconds since 1970, 0 for never; `name` may be ""."""
+
+    network: str
+    expires: int
+    mac: str
+    address: str
+    name: str
+    client_id: str
+
+
+class _Wanted(NamedTuple):
+    """A lease that is waited for. `key` is that of the process which asks for it."""
+
+    node: str
+    key: str
+    network: str
+    mac: str
+    links: tuple[str, ...]  # the lab's end of the node's cable, and the bridge that it is in
+    settled: Path | None = None  # what a host's udhcpc.sh writes once the address is in place
+
+
+def parse(text: str, network: str) -> list[Lease]:
+    """The IPv4 leases in dnsmasq's lease file; a line that is not finished yet is left out."""
+    found = []
+    for line in text.splitlines(keepends=True):
+        # dnsmasq 2.90, src/lease.c, lease_update_file(): expiry, MAC, address, name or *, client id
+        # or *
+        fields = line.split()
+        if len(fields) == 5 and line.endswith("\n") and fields[1].count(":") == 5:
+            expires, mac, address, name, client_id = (word.removeprefix("*") for word in fields)
+            found.append(
+                Lease(
+                    network=network,
+                    expires=int(expires),
+                    mac=mac,
+                    address=address,
+                    name=name,
+                    client_id=client_id,
+                )
+            )
+    return found
+
+
+def read(scope: Scope) -> list[Lease]:
+    """All leases of the lab, by network and address."""
+    found = []
+    for path in scope.run.glob("dnsmasq-*.leases"):
+        network = path.name.removeprefix("dnsmasq-").removesuffix(".leases")
+        found += parse(path.read_text(), network)
+    return sorted(
+        found, key=lambda lease: (lease.network, tuple(map(int, lease.address.split("."))))
+    )
+
+
+def wait_ready(
+    scope: Scope, desired: State, plan: Plan, seconds: float, progress: Callable[[str], None]
+) -> list[Lease]:
+    """Wait until all guests and hosts of `desired` that ask for addresses have them; the leases.
+
+    `plan` is what was just done: a lease from before counts only for nodes that it didn't start.
+    Raises ReadyError, which names for each late node the step that is late.
+    """
+    wanted = list(_wanted(scope, desired))
+    if not wanted:
+        return []
+    started = {action.key for action in plan if isinstance(action, Create)}
+    with Watch() as watch:
+        return _Wait(scope, wanted, started, progress).until(time.monotonic() + seconds, watch)
+
+
+def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
+    for guest in desired.of(Guest):
+        for index, nic in enumerate(guest.nics):
+            tap = desired.get(f"tap:{guest.name}:{index}")
+            if isinstance(tap, Tap) and tap.network in guest.networks:
+                yield _Wanted(guest.name, guest.key, tap.network, nic.mac, (tap.name, tap.bridge))
+    for client in desired.of(DhcpClient):
+        veth = desired.get(client.needs[0])
+        if isinstance(veth, Veth) and f"dnsmasq:{veth.network}" in desired:
+            links = (veth.name, veth.bridge)
+            settled = scope.run / "hosts" / client.host / f"resolv.{client.device}"
+            yield _Wanted(client.host, client.key, veth.network, veth.mac, links, settled)
+
+
+class _Log:
+    """dnsmasq's log of one network, followed; `steps` is the last DHCP message by MAC."""
+
+    def __init__(self, path: Path, macs: dict[str, list[str]]) -> None:
+        self.path = path
+        self.steps: dict[str, str] = {}
+        self._macs = macs
+        self._position = 0
+
+    def follow(self) -> None:
+        try:
+            with self.path.open("rb") as log:
+                log.seek(self._position)
+                whole, newline, _unfinished = log.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return
+        self._position += len(whole) + len(newline)
+        for line in whole.decode(errors="replace").splitlines():
+            if packet := _PACKET.search(line):
+                self.steps[packet[2]] = packet[1]
+            elif start := _STARTED.search(line):
+                for mac in self._macs.get(start[1], ()):
+                    self.steps.pop(mac, None)
+
+
+class _Wait:
+    def __init__(
+        self,
+        scope: Scope,
+        wanted: Sequence[_Wanted],
+        started: set[str],
+        progress: Callable[[str], None],
+    ) -> None:
+        self._scope = scope
+        self._late = list(wanted)
+        self._started = started
+        self._progress = progress
+        macs: dict[str, list[str]] = {}
+        for one in wanted:
+            macs.setdefault(one.key, []).append(one.mac)
+        networks = dict.fromkeys(one.network for one in wanted)
+        self._logs = {n: _Log(scope.run / f"dnsmasq-{n}.log", macs) for n in networks}
+        self._silent = {one.node for one in wanted if one.key in started}
+        self._told: dict[_Wanted, str] = {}
+        self._found: dict[_Wanted, Lease] = {}
+
+    def until(self, deadline: float, watch: Watch) -> list[Lease]:
+        settled = {one.settled.parent for one in self._late if one.settled}
+        for directory in (self._scope.run, *settled):
+            if directory.is_dir():
+                watch.directory(directory)
+        self._look()
+        if self._late:
+            self._watch_late(watch)
+        while self._late:
+            left = deadline - time.monotonic()
+            changed, ended = watch.wait(left) if left > 0 else (set(), set())
+            if ended:
+                raise self._ended(ended)
+            if left <= 0:
+                self._look()
+            if left <= 0 and self._late:
+                raise self._too_late()
+            for console in [path for path in changed if path.name == "serial.log"]:
+                watch.forget(console.parent)
+                self._silent.discard(console.parent.name)
+                self._progress(f"{console.parent.name} writes to its console")
+            if any(path.name != "serial.log" for path in changed):
+                self._look()
+        return list(self._found.values())
+
+    def _watch_late(self, watch: Watch) -> None:
+        running = leaders(marked(self._scope))
+        needed = {one.key for one in self._late} | {f"dnsmasq:{n}" for n in self._logs}
+        if gone := {key for key in needed if key not in running}:
+            raise self._ended(gone)
+        for key in needed:
+            for process in running[key]:
+                watch.process(process, key)
+        for node in self._silent:
+            directory = self._scope.run / "guests" / node
+            if directory.is_dir():
+                watch.directory(directory)
+
+    def _look(self) -> None:
+        """See who has come further: by dnsmasq's logs and leases."""
+        for log in self._logs.values():
+            log.follow()
+        leases = {(lease.network, lease.mac): lease for lease in read(self._scope)}
+        for one in list(self._late):
+            step = self._logs[one.network].steps.get(one.mac, "")
+            lease = leases.get((one.network, one.mac))
+            fresh = step == "DHCPACK" or one.key not in self._started
+            if lease and fresh and (one.settled is None or one.settled.exists()):
+                self._late.remove(one)
+                self._found[one] = lease
+                self._progress(f"{one.node} has {lease.address}")
+            elif step and one not in self._told:
+                self._told[one] = step
+                self._progress(f"{one.node} asks for an address on {one.network}")
+
+    def _ended(self, keys: Iterable[str]) -> ReadyError:
+        lines = []
+        for key in sorted(keys):
+            kind, name, device = (*key.split(":"), "")[:3]
+            run = self._scope.run
+            guest = run / "guests" / name
+            what, logs = {
+                "dnsmasq": (f"dnsmasq for {name}", [run / f"dnsmasq-{name}.log"]),
+                "guest": (f"QEMU of {name}", [guest / "qemu.log", guest / "serial.log"]),
+                "dhcp": (
+                    f"the DHCP client of {name}",
+                    [run / "hosts" / name / f"udhcpc-{device}.log"],
+                ),
+            }[kind]
+            lines.append(f"{what} has ended{''.join(last_lines(log) for log in logs)}")
+        return ReadyError("\n".join(lines), "the lab's other parts are up: see `netorch status`")
+
+    def _too_late(self) -> ReadyError:
+        lines = []
+        for one in self._late:
+            step = self._logs[one.network].steps.get(one.mac, "")
+            if one.key.startswith("guest:"):
+                reason = guest_reason(self._scope, one.node, one.links, step)
+            else:
+                reason = host_reason(one.links, step)
+            lines.append(f"{one.node} has no lease of network {one.network} yet: {reason}")
+        return ReadyError("\n".join(lines), "the lab is up: `netorch status` shows the leases")

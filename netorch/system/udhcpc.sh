@@ -1,0 +1,34 @@
+#!/bin/sh
+# What busybox udhcpc runs in the network namespace of a host when its lease comes, changes or goes.
+# Its directory is the host's in the lab's run directory; `ip` is iproute2's or busybox's. What comes from DHCP
+# can be told from what netorch set: the address has a lifetime, the route the protocol 16 (dhcp).
+
+case $1 in
+    deconfig)
+        ip addr flush dev "$interface"
+        ip link set "$interface" up
+        rm -f "resolv.$interface"
+        ;;
+    bound | renew)
+        [ -z "$mtu" ] || ip link set "$interface" mtu "$mtu"
+        [ "$1" = renew ] || ip addr flush dev "$interface"
+        # 4294967295 stands for "infinite" in a lease, and for "no lifetime" in the kernel.
+        [ "$lease" != 4294967295 ] || lease=4294967294
+        ip addr replace "$ip/$mask" ${broadcast:+broadcast "$broadcast"} dev "$interface" \
+            valid_lft "$lease" preferred_lft "$lease"
+        for gateway in $router; do
+            ip route replace default via "$gateway" dev "$interface" proto 16 \
+                metric $((100 + ${interface#eth}))
+            break
+        done
+        {
+            [ -z "$domain" ] || echo "search $domain"
+            for server in $dns; do
+                echo "nameserver $server"
+            done
+        } > "resolv.$interface"
+        ;;
+esac
+# Of several interfaces the first one's servers come first.
+cat resolv.eth* > resolv.new 2> /dev/null
+mv resolv.new resolv.conf
