@@ -29,6 +29,7 @@ from netorch.resources import (
     Forwarding,
     GuestNic,
     Namespace,
+    Overlay,
     Record,
     Resource,
     State,
@@ -84,6 +85,8 @@ class _Compiler:
             if segment.gateway and (segment.dhcp_first or segment.dns):
                 yield self._dnsmasq(segment)
         for name, guest in self.topology.guests.items():
+            if guest.image != "tiny":
+                yield Overlay(guest=name, image=guest.image, format=self._format(guest))
             yield self._guest(name, guest)
 
     def _bridge(self, name: str, segment: Segment) -> Bridge:

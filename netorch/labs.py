@@ -91,6 +91,7 @@ class Standing(msgspec.Struct, frozen=True):
 
 def machine(scope: Scope, report: Callable[[str], None] = lambda line: None) -> System:
     """The adapters of all resources, over the namespaces that this process is in."""
+    from netorch.system.disks import Overlays
     from netorch.system.firewall import Firewall
     from netorch.system.guests import Guests
     from netorch.system.hosts import Hosts
@@ -105,6 +106,7 @@ def machine(scope: Scope, report: Callable[[str], None] = lambda line: None) -> 
             Firewall(scope),
             Dnsmasqs(scope),
             DhcpClients(scope),
+            Overlays(scope),
             Guests(scope, report),
         ]
     )
@@ -119,6 +121,10 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
     """
     name = topology.name
     run = run_base() / name
+    if any(guest.image == "tiny" for guest in topology.guests.values()):
+        from netorch.system.tiny import tiny_image
+
+        tiny_image(progress.waiting)  # here: a place without a way out can't download its parts
     with rundir.locked(run):
         place = _find(topology, choice)
         made = place is None
@@ -175,12 +181,15 @@ def status(lab: Lab) -> Standing:
 
 def teardown(lab: Lab, progress: Progress) -> list[str]:
     """Take the lab away by its marks alone. Returns what could not be deleted, in words."""
+    from netorch.system.processes import end, marked
+
     with rundir.locked(lab.run):
         if lab.place.private:
             destroy(lab.place)
             errors: list[str] = []
         else:
             errors = engine.teardown(machine(lab.scope), progress)
+            end(lab.scope, marked(lab.scope))  # what `exec` left running, or another version
         if not errors:
             rundir.remove(lab.scope)
         return errors

@@ -302,6 +302,21 @@ class DhcpClient(Resource, frozen=True):
         return f"DHCP client on {self.host} {self.device}"
 
 
+class Overlay(Resource, frozen=True):
+    """The disk of a guest with an image: a qcow2 file over it. `format` is the image's."""
+
+    guest: str
+    image: str
+    format: str
+
+    @property
+    def key(self) -> str:
+        return f"overlay:{self.guest}"
+
+    def describe(self) -> str:
+        return f"disk of {self.guest} over {self.image}"
+
+
 class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
     """A guest's NIC: the device that it sees (`model`, `mac`) and the tap behind it."""
 
@@ -312,7 +327,7 @@ class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Guest(Resource, frozen=True):
-    """A running QEMU. `image` is `tiny` or an absolute path, run on an overlay; `memory` is in MiB.
+    """A running QEMU. `image` is `tiny` or an absolute path; `memory` is in MiB.
 
     `vnc` is a display number on loopback, -1 for none. `networks` are those whose services it waits
     for. `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
@@ -338,17 +353,29 @@ class Guest(Resource, frozen=True):
     @property
     def needs(self) -> tuple[str, ...]:
         taps = tuple(f"tap:{self.name}:{index}" for index in range(len(self.nics)))
-        return ("ruleset", *taps, *(f"dnsmasq:{network}" for network in self.networks))
+        disk = () if self.image == "tiny" else (f"overlay:{self.name}",)
+        services = (f"dnsmasq:{network}" for network in self.networks)
+        return ("record", "ruleset", *disk, *taps, *services)
 
     def after_replace(self, needed: str) -> Self | None:
-        return None if needed.startswith("tap:") else self
+        return None if needed.startswith(("tap:", "overlay:")) else self
 
     def describe(self) -> str:
         return f"guest {self.name} ({self.image}, {self.memory} MiB, {_count(self.cpus, 'cpu')})"
 
 
 AnyResource = (
-    Record | Namespace | Bridge | Tap | Veth | Ruleset | Forwarding | Dnsmasq | DhcpClient | Guest
+    Record
+    | Namespace
+    | Bridge
+    | Tap
+    | Veth
+    | Ruleset
+    | Forwarding
+    | Dnsmasq
+    | DhcpClient
+    | Overlay
+    | Guest
 )
 
 

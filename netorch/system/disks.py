@@ -1,22 +1,24 @@
 """Guest images and the overlays that keep them unwritten.
 
 An overlay is a qcow2 file that holds what the guest writes; all else is read from the base image.
-An overlay that is there is used again, so that a guest that was powered off finds its disk as it
-left it, unless it belongs to another base or the base was written to since: then its content means
-nothing any more.
+It is a resource of its own: a guest that is started again, even with other memory, finds its disk
+as it left it. What it is an overlay of stands in its header.
 """
 
 import fcntl
 import os
 import struct
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from netorch.errors import ImageError, MissingError
-from netorch.resources import Guest
+from netorch.planner import Update
+from netorch.resources import Guest, Overlay, Resource
 from netorch.system.processes import Child, program, start
 from netorch.system.scope import Scope
 
 _QCOW2 = b"QFI\xfb"
+_BACKING_FORMAT = 0xE2792ACA
 _F_OFD_GETLK = 36
 # QEMU, block/file-posix.c: byte 100 + N is locked for permission N; BLK_PERM_WRITE is 1 << 1.
 _LOCKED_FOR_WRITING = 101
@@ -32,13 +34,27 @@ def image_format(path: Path) -> str:
         raise ImageError(f"failed to read image {path}: {error.strerror}") from error
 
 
-def backing_file(path: Path) -> str:
-    """The file that a qcow2 image is an overlay of, as its header has it; "" if it stands alone."""
+def backing(path: Path) -> tuple[str, str]:
+    """What a qcow2 image is an overlay of, and that one's format; both "" if it stands alone.
+
+    As its header has it (docs/interop/qcow2.txt): backing_file_offset, backing_file_size, and, for
+    the format, the header extension 0xE2792ACA.
+    """
     with path.open("rb") as image:
-        # docs/interop/qcow2.txt: magic, version, backing_file_offset (8), backing_file_size (4)
-        offset, size = struct.unpack(">8xQI", image.read(20))
-        image.seek(offset)
-        return os.fsdecode(image.read(size)) if offset else ""
+        header = image.read(1 << 16)
+    version, offset, size = struct.unpack_from(">4xIQI", header)
+    if not offset:
+        return "", ""
+    at = struct.unpack_from(">I", header, 100)[0] if version >= 3 else 72
+    image_format = ""
+    while at + 8 <= min(offset, len(header)):
+        kind, length = struct.unpack_from(">II", header, at)
+        if kind == _BACKING_FORMAT:
+            image_format = os.fsdecode(header[at + 8 : at + 8 + length])
+        if kind == 0:
+            break
+        at += 8 + (length + 7 & ~7)
+    return os.fsdecode(header[offset : offset + size]), image_format
 
 
 def writer(path: Path) -> str:
@@ -56,47 +72,75 @@ def overlay_path(scope: Scope, guest: str) -> Path:
     return scope.disks / f"{guest}.qcow2"
 
 
-def begin_overlay(scope: Scope, guest: Guest, log: Path) -> Child | None:
-    """Start making the guest's overlay; None if it has one. To be finished by `finish_overlay`."""
-    overlay = overlay_path(scope, guest.name)
-    if _fits(overlay, Path(guest.image)):
-        return None
-    qemu_img = program("qemu-img")
-    if qemu_img is None:
-        raise MissingError("qemu-img is not installed", "install qemu-utils (Fedora: qemu-img)")
-    scope.disks.mkdir(mode=0o700, parents=True, exist_ok=True)
-    image_options = ["-b", guest.image, "-F", guest.format, str(_unfinished(overlay))]
-    return start(scope, None, [qemu_img, "create", "-q", "-f", "qcow2", *image_options], log=log)
-
-
-def finish_overlay(scope: Scope, guest: str, child: Child) -> None:
-    """Wait for qemu-img and put the overlay in its place. Raises ImageError."""
-    overlay = overlay_path(scope, guest)
+def outdated(scope: Scope, guest: Guest) -> bool:
+    """Was the image written to after the guest's overlay? Then the overlay means nothing."""
     try:
-        if child.exit_status() != 0:
-            raise ImageError(f"failed to create the disk of guest {guest}: {child.output()}")
-    finally:
-        child.close()
-    _unfinished(overlay).rename(overlay)
+        overlay = overlay_path(scope, guest.name).stat()
+    except FileNotFoundError:
+        return False
+    return os.stat(guest.image).st_mtime > overlay.st_mtime
 
 
-def remove_overlay(scope: Scope, guest: str) -> None:
-    overlay = overlay_path(scope, guest)
-    overlay.unlink(missing_ok=True)
-    _unfinished(overlay).unlink(missing_ok=True)
+class Overlays:
+    """The adapter for overlays. One that an interrupted run left half made has another suffix."""
+
+    kinds: tuple[type[Resource], ...] = (Overlay,)
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+
+    def observe(self) -> Iterable[Overlay]:
+        for path in sorted(self._scope.disks.glob("*.qcow2")):
+            image, image_format = backing(path)
+            yield Overlay(guest=path.stem, image=image, format=image_format)
+
+    def check(self, wanted: Sequence[Resource]) -> list[str]:
+        if wanted and program("qemu-img") is None:
+            return ["qemu-img is not installed: install qemu-utils (Fedora: qemu-img)"]
+        return []
+
+    def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
+        overlays = [overlay for overlay in wanted if isinstance(overlay, Overlay)]
+        qemu_img = program("qemu-img")
+        if qemu_img is None:
+            raise MissingError("qemu-img is not installed", "install qemu-utils (Fedora: qemu-img)")
+        self._scope.disks.mkdir(mode=0o700, parents=True, exist_ok=True)
+        children = [(overlay, self._begin(qemu_img, overlay)) for overlay in overlays]
+        for overlay, child in children:
+            self._finish(overlay, child)
+            done(overlay)
+
+    def update(self, wanted: Sequence[Update], done: Callable[[Resource], None]) -> None:
+        raise AssertionError("an overlay has no live field")
+
+    def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
+        for overlay in unwanted:
+            assert isinstance(overlay, Overlay)
+            path = overlay_path(self._scope, overlay.guest)
+            path.unlink(missing_ok=True)
+            _unfinished(path).unlink(missing_ok=True)
+            done(overlay)
+
+    def _begin(self, qemu_img: str, overlay: Overlay) -> Child:
+        path = _unfinished(overlay_path(self._scope, overlay.guest))
+        words = ["-b", overlay.image, "-F", overlay.format, str(path)]
+        log = self._scope.run / "qemu-img.log"
+        return start(self._scope, None, [qemu_img, "create", "-q", "-f", "qcow2", *words], log=log)
+
+    def _finish(self, overlay: Overlay, child: Child) -> None:
+        path = overlay_path(self._scope, overlay.guest)
+        try:
+            if child.exit_status() != 0:
+                raise ImageError(
+                    f"failed to create the disk of guest {overlay.guest}: {child.output()}"
+                )
+        finally:
+            child.close()
+        _unfinished(path).rename(path)
 
 
 def _unfinished(overlay: Path) -> Path:
     return overlay.with_suffix(".new")
-
-
-def _fits(overlay: Path, base: Path) -> bool:
-    """Is `overlay` there, over this base, and was the base not written to since?"""
-    try:
-        newer = overlay.stat().st_mtime >= base.stat().st_mtime
-        return newer and backing_file(overlay) == str(base)
-    except FileNotFoundError:
-        return False
 
 
 def _who_has(wanted: os.stat_result) -> str:

@@ -1,11 +1,10 @@
-"""Guests on the machine: QEMU processes, their sockets and their disks.
+"""Guests on the machine: QEMU processes and their sockets.
 
 Order, and what a crash leaves:
-1. Overlays are made, all at once.
-2. For each guest: listening sockets in run/guests/<name>, its taps' queues, then QEMU with these
+1. For each guest: listening sockets in run/guests/<name>, its taps' queues, then QEMU with these
    descriptors and without any capability. The QMP connection is made before QEMU runs: the socket
    listens already.
-3. All greetings are awaited, then each guest is let run (`cont`). A QEMU of an apply that was
+2. All greetings are awaited, then each guest is let run (`cont`). A QEMU of an apply that was
    killed before that is observed with the state "prelaunch", and the next apply lets it run.
 
 QEMU's run state is asked by QMP, from all guests at once; one that does not answer has the state
@@ -86,10 +85,14 @@ class Guests:
         reasons = []
         if guests and program(QEMU) is None:
             reasons.append(f"{QEMU} is not installed: {_INSTALL_QEMU}")
-        if any(guest.image != "tiny" for guest in guests) and program("qemu-img") is None:
-            reasons.append("qemu-img is not installed: install qemu-utils (Fedora: qemu-img)")
         for image in dict.fromkeys(guest.image for guest in guests):
             reasons += self._image_reasons(image)
+        for guest in guests:
+            if guest.image != "tiny" and disks.outdated(self._scope, guest):
+                reasons.append(
+                    f"image {guest.image} was written to after the disk of guest {guest.name} was "
+                    "made from it: take the guest out of the file and apply, then start it anew"
+                )
         return reasons
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
@@ -123,7 +126,6 @@ class Guests:
             directory = _directory(self._scope, guest.name)
             if directory.exists():
                 shutil.rmtree(directory)
-            disks.remove_overlay(self._scope, guest.name)
             done(guest)
 
     def _image_reasons(self, image: str) -> Iterator[str]:
@@ -135,7 +137,7 @@ class Guests:
         except ImageError as error:
             yield f"{error.message}: {error.hint}" if error.hint else error.message
             return
-        if image_format == "qcow2" and (backing := disks.backing_file(Path(image))):
+        if image_format == "qcow2" and (backing := disks.backing(Path(image))[0]):
             yield (
                 f"image {image} is itself an overlay, of {backing}: make one that stands alone "
                 f"with `qemu-img convert -O qcow2 {image} NEW`"
@@ -150,19 +152,9 @@ class Guests:
         if qemu is None:
             raise MissingError(f"{QEMU} is not installed", _INSTALL_QEMU)
         note_start(self._scope, [guest.key for guest in guests])
-        making = {}
-        for guest in guests:
-            directory = _directory(self._scope, guest.name)
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if guest.image != "tiny":
-                making[guest.name] = disks.begin_overlay(
-                    self._scope, _explicit(guest), directory / "qemu-img.log"
-                )
         started = []
         for guest in guests:
             with _collected(errors):
-                if child := making.get(guest.name):
-                    disks.finish_overlay(self._scope, guest.name, child)
                 started.append(self._start(qemu, guest))
         greeted = []
         for process in started:
@@ -177,6 +169,7 @@ class Guests:
 
     def _start(self, qemu: str, guest: Guest) -> _Started:
         directory = _directory(self._scope, guest.name)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         relative = directory.relative_to(self._scope.run)
         with contextlib.ExitStack() as opened:
             qmp_fd, serial_fd, agent_fd = (
@@ -199,6 +192,7 @@ class Guests:
                     log=directory / "qemu.log",
                     pass_fds=_numbers(fds, boot),
                     capabilities=(),
+                    daemon=True,
                 )
             except KernelError:
                 qmp.close()
@@ -211,7 +205,7 @@ class Guests:
             return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline)
         base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
         opened.callback(os.close, base)
-        return Disk(disks.overlay_path(self._scope, guest.name), base, _explicit(guest).format)
+        return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
 
 
 def _directory(scope: Scope, guest: str) -> Path:
@@ -226,13 +220,6 @@ def _running(scope: Scope) -> dict[str, list[Marked]]:
 
 def _state(resource: Resource) -> str:
     return resource.state if isinstance(resource, Guest) else ""
-
-
-def _explicit(guest: Guest) -> Guest:
-    """The guest with the format of its image."""
-    if guest.format not in ("", "auto"):
-        return guest
-    return msgspec.structs.replace(guest, format=disks.image_format(Path(guest.image)))
 
 
 def _states(scope: Scope, names: Sequence[str]) -> Mapping[str, str]:
@@ -257,12 +244,12 @@ def _await_greeting(started: _Started) -> None:
         started.qmp.ready()
     except QmpError as error:
         started.qmp.close()
-        status = started.child.exit_status(timeout=1.0)
+        ended = started.child.has_ended(timeout=1.0)
         output = started.child.output()
         started.child.close()
-        if status is None:
+        if not ended:
             raise
-        cause = output or f"QEMU ended with status {status}"
+        cause = output or "QEMU ended and said nothing"
         raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
 
 

@@ -20,7 +20,9 @@ child
 - keeps the capabilities that it was granted and can never have more: bounding, inheritable, ambient
   and permitted sets are cut down to them, and no_new_privs is set.
 
-What goes wrong before the exec comes back as an errno through a pipe that the exec closes.
+What goes wrong before the exec comes back as an errno through a pipe that the exec closes. A daemon
+is forked twice: orphans go to the init of their parent's PID namespace (kernel/exit.c,
+find_new_reaper), and ours, outside of a private place, may be one that never reaps.
 """
 
 import errno
@@ -61,7 +63,10 @@ class Marked(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A process that this one started. The pidfd belongs to whoever holds the Child."""
+    """A process that this one started. The pidfd belongs to whoever holds the Child.
+
+    The exit status of a daemon is not for us to know: see `start`.
+    """
 
     pid: int
     pidfd: int
@@ -75,6 +80,10 @@ class Child(NamedTuple):
         ended = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
         assert ended is not None, "without WNOHANG"
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def has_ended(self, timeout: float) -> bool:
+        """Whether it has ended, or does so within `timeout` seconds."""
+        return wait_exit(self.pidfd, timeout)
 
     def output(self) -> str:
         """What it has written to its log so far."""
@@ -105,12 +114,13 @@ def start(
     pass_fds: Sequence[int] = (),
     capabilities: Sequence[int] | None = None,
     namespace: Path | None = None,
+    daemon: bool = False,
 ) -> Child:
     """Start a process with the lab's marks; when this returns, it is executed.
 
     `argv[0]` is a path. `capabilities` are all that it may ever have (None: those of this process),
-    `namespace` is a network namespace to run it in, `cwd` defaults to the run directory. Raises
-    KernelError.
+    `namespace` is a network namespace to run it in, `cwd` defaults to the run directory. A `daemon`
+    becomes a child of the init of the lab's PID namespace. Raises KernelError.
     """
     if _log.isEnabledFor(logging.INFO):
         import shlex
@@ -127,16 +137,25 @@ def start(
         pid = os.fork()
         if pid == 0:
             _become(
-                argv, environment, cwd or scope.run, output, pass_fds, network, capabilities, said
+                argv,
+                environment,
+                cwd or scope.run,
+                output,
+                pass_fds,
+                network,
+                capabilities,
+                said,
+                daemon,
             )
         opened.remove(said)
         os.close(said)
-        answer = os.read(report, 4)
-        if answer:
+        with open(report, "rb", closefd=False) as pipe:
+            told, *failed = struct.iter_unpack("i", pipe.read())
+        if daemon or failed:
             os.waitpid(pid, 0)
-            number: int = struct.unpack("i", answer)[0]
+        for (number,) in failed:
             raise KernelError(f"failed to start {argv[0]}: {os.strerror(number)}", number)
-        return Child(pid, os.pidfd_open(pid), log, log_start)
+        return Child(told[0], os.pidfd_open(told[0]), log, log_start)
     except OSError as error:
         raise KernelError(
             f"failed to start {argv[0]}: {error.strerror}", error.errno or 0
@@ -199,10 +218,15 @@ def _become(
     network: int | None,
     capabilities: Sequence[int] | None,
     said: int,
+    daemon: bool,
 ) -> None:
     """The child's part, between fork and exec. Never returns."""
     number = errno.EINVAL
     try:
+        if daemon and os.fork() > 0:
+            os._exit(0)
+        # As /proc has it, which is the outer one in a private place.
+        os.write(said, struct.pack("i", int(os.readlink("/proc/self"))))
         os.setsid()
         os.chdir(cwd)
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)

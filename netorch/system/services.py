@@ -179,6 +179,7 @@ class DhcpClients:
                 cwd=directory,
                 capabilities=_CAPABILITIES,
                 namespace=self._scope.namespace(resource.host),
+                daemon=True,
             ).close()
             done(resource)
 

@@ -139,7 +139,8 @@ class Writer:
         if self.draw(st.booleans()) and "'" not in text and text.isprintable():
             return self.pick(f"'{text}'", f"'''{text}'''")
         if self.draw(st.booleans()):
-            return '"""' + self.pick("", "\n") + basic(text)[1:-1].replace("\\n", "\n") + '"""'
+            first = "\n" if text.startswith("\n") else self.pick("", "\n")  # TOML drops one
+            return '"""' + first + basic(text)[1:-1].replace("\\n", "\n") + '"""'
         return basic(text)
 
     def value(self, value: object) -> str:

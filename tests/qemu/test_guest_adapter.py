@@ -17,7 +17,7 @@ import pytest
 
 from netorch.errors import NetorchError
 from netorch.planner import Update
-from netorch.resources import Guest, Resource
+from netorch.resources import Guest, Overlay, Resource
 from netorch.system import accel, disks
 from netorch.system.console import console
 from netorch.system.guests import Guests
@@ -104,6 +104,9 @@ def test_shape(name: str, tmp_path: Path) -> None:
     make_taps(wanted)
     with lab(tmp_path) as (scope, guests):
         assert guests.check([wanted]) == []
+        if wanted.image != "tiny":
+            overlay = Overlay(guest=wanted.name, image=wanted.image, format=wanted.format)
+            disks.Overlays(scope).create([overlay], nothing)
         done: list[Resource] = []
         guests.create([wanted], done.append)
         assert done == [wanted] == list(guests.observe())
@@ -121,7 +124,7 @@ def test_shape(name: str, tmp_path: Path) -> None:
         guests.delete([wanted], nothing)
         assert list(guests.observe()) == []
         assert marked(scope) == []
-        assert not [path for path in tmp_path.rglob("*vm1*") if path.name != "test_shape_vm1"]
+        assert not list(scope.run.rglob("*vm1*"))
         guests.delete([wanted], nothing)
 
 
@@ -218,21 +221,25 @@ def test_images_that_can_not_be_used_are_named(tmp_path: Path) -> None:
 
 
 @on_a_machine
-def test_an_overlay_is_kept_until_its_base_changes(tmp_path: Path) -> None:
+def test_an_overlay_outlives_its_guest_and_is_refused_over_a_changed_image(tmp_path: Path) -> None:
     base = tmp_path / "base.img"
     base.write_bytes(BOOT_SECTOR.ljust(1 << 20, b"\0"))
-    wanted = guest(nics=(), image=str(base), format="auto")
+    wanted = guest(nics=(), image=str(base), format="raw")
     with lab(tmp_path) as (scope, guests):
+        overlays = disks.Overlays(scope)
+        overlay = Overlay(guest="vm1", image=str(base), format="raw")
+        overlays.create([overlay], nothing)
+        assert list(overlays.observe()) == [overlay]
         guests.create([wanted], nothing)
-        overlay = disks.overlay_path(scope, "vm1")
-        first = overlay.stat().st_ino
-        end(scope, marked(scope))
-        guests.create([wanted], nothing)
-        assert overlay.stat().st_ino == first
-        end(scope, marked(scope))
+        guests.delete([wanted], nothing)
+        assert list(overlays.observe()) == [overlay]
+        assert guests.check([wanted]) == []
         os.utime(base, (time.time() + 5, time.time() + 5))
-        guests.create([wanted], nothing)
-        assert overlay.stat().st_ino != first
+        (reason,) = guests.check([wanted])
+        assert f"image {base} was written to after the disk of guest vm1" in reason
+        overlays.delete([overlay], nothing)
+        overlays.delete([overlay], nothing)
+        assert list(overlays.observe()) == []
 
 
 @on_a_machine
