@@ -32,11 +32,11 @@ from netorch.resources import (
     Overlay,
     Record,
     Resource,
-    State,
     Tap,
     Veth,
 )
 from netorch.resources import Guest as RunningGuest
+from netorch.state import State
 from netorch.topology import memory_mib
 
 

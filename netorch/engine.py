@@ -18,7 +18,8 @@ from typing import Protocol
 
 from netorch.errors import ApplyError, ConflictError, NetorchError
 from netorch.planner import Action, Create, Plan, diff
-from netorch.resources import EMPTY, Resource, State
+from netorch.resources import Resource
+from netorch.state import EMPTY, State
 
 
 class Machine(Protocol):

@@ -20,7 +20,8 @@ from netorch.errors import NetorchError, ReadyError, UsageError
 from netorch.facts import Facts, Uplink
 from netorch.model import Topology
 from netorch.planner import Plan, diff
-from netorch.resources import EMPTY, Record, Resource, Ruleset, State
+from netorch.resources import Record, Resource, Ruleset
+from netorch.state import EMPTY, State
 from netorch.system import System, rundir
 from netorch.system.places import (
     Place,

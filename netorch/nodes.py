@@ -7,7 +7,8 @@ import msgspec
 
 from netorch.errors import UsageError
 from netorch.labs import Lab, find_all, topology_of
-from netorch.resources import Bridge, State, Veth
+from netorch.resources import Bridge, Veth
+from netorch.state import State
 from netorch.system import rundir
 from netorch.system.places import enter
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from netorch.resources import Resource, State
+from netorch.resources import Resource
+from netorch.state import State
 
 
 class Action(msgspec.Struct, frozen=True, tag_field="action", tag=str.lower):

@@ -11,12 +11,9 @@ Every resource has
 and may say how it fares when something that it needs is made again (`after_replace`).
 """
 
-from collections.abc import Iterable, Iterator
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, Self
 
 import msgspec
-
-T = TypeVar("T", bound="Resource")
 
 
 class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
@@ -377,43 +374,6 @@ AnyResource = (
     | Overlay
     | Guest
 )
-
-
-class State:
-    """A set of resources by key: what a lab should be, or what the machine was seen to have."""
-
-    __slots__ = ("_resources",)
-
-    def __init__(self, resources: Iterable[Resource] = ()) -> None:
-        self._resources = {resource.key: resource for resource in resources}
-
-    def __iter__(self) -> Iterator[Resource]:
-        return iter(self._resources.values())
-
-    def __len__(self) -> int:
-        return len(self._resources)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._resources
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, State) and self._resources == other._resources
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._resources))
-
-    def __repr__(self) -> str:
-        return f"State({list(self)!r})"
-
-    def get(self, key: str) -> Resource | None:
-        return self._resources.get(key)
-
-    def of(self, kind: type[T]) -> list[T]:
-        """The resources of one class, in the order in which they were given."""
-        return [resource for resource in self if isinstance(resource, kind)]
-
-
-EMPTY = State()
 
 
 def encode(resource: Resource) -> str:

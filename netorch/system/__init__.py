@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from netorch.planner import Action, Create, Delete, Update
-from netorch.resources import Resource, State
+from netorch.resources import Resource
+from netorch.state import State
 
 
 class Adapter(Protocol):

@@ -21,7 +21,8 @@ import msgspec
 
 from netorch.errors import ReadyError
 from netorch.planner import Create, Plan
-from netorch.resources import DhcpClient, Guest, State, Tap, Veth
+from netorch.resources import DhcpClient, Guest, Tap, Veth
+from netorch.state import State
 from netorch.system.late import guest_reason, host_reason, last_lines
 from netorch.system.processes import leaders, marked
 from netorch.system.scope import Scope

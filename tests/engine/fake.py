@@ -11,7 +11,8 @@ import msgspec
 
 from netorch.errors import KernelError
 from netorch.planner import Action, Create, Delete, Update
-from netorch.resources import EMPTY, Namespace, Resource, State, Tap, Veth
+from netorch.resources import Namespace, Resource, Tap, Veth
+from netorch.state import EMPTY, State
 
 
 class Killed(BaseException):

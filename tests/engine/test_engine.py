@@ -13,7 +13,8 @@ from netorch.engine import Progress
 from netorch.errors import ApplyError, ConflictError
 from netorch.facts import Facts, Uplink
 from netorch.planner import Delete, Plan, diff
-from netorch.resources import EMPTY, Bridge, Record, Resource, State, Tap
+from netorch.resources import Bridge, Record, Resource, Tap
+from netorch.state import EMPTY, State
 from tests.engine.fake import FakeSystem, Killed
 from tests.engine.topologies import random_topology, state_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from netorch.compiler import compile
 from netorch.facts import Facts, Uplink
 from netorch.model import Guest, Host, HostNic, Lab, Mode, Network, Nic, Taps, Topology
-from netorch.resources import State
+from netorch.state import State
 
 MODES: tuple[Mode, ...] = ("nat", "route", "open", "isolated", "bridge")
 MODELS = ("virtio-net-pci", "e1000", "rtl8139")

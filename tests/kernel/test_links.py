@@ -14,7 +14,8 @@ import pytest
 
 from netorch.errors import KernelError, NetorchError
 from netorch.planner import Update, diff
-from netorch.resources import Bridge, Resource, State, Tap, Veth
+from netorch.resources import Bridge, Resource, Tap, Veth
+from netorch.state import State
 from netorch.system import removal, taps
 from netorch.system.links import Links
 from netorch.system.netlink import Netlink

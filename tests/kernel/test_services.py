@@ -11,7 +11,8 @@ import pytest
 from netorch.errors import NetorchError, ReadyError
 from netorch.networks import Reservation, Segment, dhcp_hosts, dnsmasq_config
 from netorch.planner import Create, Plan, Update
-from netorch.resources import DhcpClient, Dnsmasq, Resource, State, Veth
+from netorch.resources import DhcpClient, Dnsmasq, Resource, Veth
+from netorch.state import State
 from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW
 from netorch.system.leases import parse, read, wait_ready
 from netorch.system.processes import end, marked

@@ -14,17 +14,8 @@ from netorch.errors import NetorchError
 from netorch.facts import Facts, Uplink
 from netorch.model import Guest as GuestModel
 from netorch.model import Lab, Nic, Topology
-from netorch.resources import (
-    Bridge,
-    Dnsmasq,
-    Forwarding,
-    Guest,
-    Resource,
-    Ruleset,
-    State,
-    Tap,
-    Veth,
-)
+from netorch.resources import Bridge, Dnsmasq, Forwarding, Guest, Resource, Ruleset, Tap, Veth
+from netorch.state import State
 from netorch.topology import load, parse
 
 ROOT = Path(__file__).parents[2]

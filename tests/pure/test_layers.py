@@ -21,6 +21,7 @@ LAYERS = (
     {"compiler"},
     {"addresses", "networks", "guests", "topology", "schema"},
     {"topology_checks", "topology_clashes", "topology_shape", "topology_values", "toml_lines"},
+    {"state"},
     {"resources", "facts", "names"},
     {"model"},
     {"errors", "__init__"},
