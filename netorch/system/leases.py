@@ -81,6 +81,8 @@ def read(scope: Scope) -> list[Lease]:
     """All leases of the lab, by network and address."""
     found = []
     for path in scope.run.glob("dnsmasq-*.leases"):
+        if not path.with_suffix(".conf").exists():
+            continue  # of a network that the lab no longer has
         network = path.name.removeprefix("dnsmasq-").removesuffix(".leases")
         found += parse(path.read_text(), network)
     return sorted(

@@ -310,6 +310,8 @@ def _signal_and_wait(pidfds: set[int], number: signal.Signals, seconds: float) -
     import time
 
     left = {pidfd for pidfd in pidfds if send_signal(pidfd, number)}
+    for pidfd in left:
+        send_signal(pidfd, signal.SIGCONT)  # a stopped process gets no SIGTERM
     for pidfd in pidfds - left:
         _reap(pidfd)
     poll = select.poll()

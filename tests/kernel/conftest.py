@@ -9,6 +9,7 @@ import pytest
 
 from netorch.system.scope import Scope, current_place
 from tests import isolation
+from tests.whole_labs import lab_machine as lab_machine
 
 
 @pytest.hookimpl(tryfirst=True)
