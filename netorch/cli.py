@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from netorch import __version__
-from netorch.errors import ApplyError, NetorchError, TopologyError, UsageError
+from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
 
 if TYPE_CHECKING:
     from netorch.model import Topology
@@ -155,7 +155,12 @@ def exec_(lab: str | None, node: str, command: tuple[str, ...]) -> None:
     """
     from netorch import nodes
 
-    sys.exit(nodes.run(nodes.find(lab, node), command))
+    try:
+        status = nodes.run(nodes.find(lab, node), command)
+    except MissingError as error:
+        _complain(error)
+        status = 127  # as shells have it for a command that is not there
+    sys.exit(status)
 
 
 @cli.command()

@@ -6,6 +6,7 @@ apply fails that made it, destroyed after everything else: it is the one thing t
 from inside.
 """
 
+import contextlib
 from collections.abc import Callable
 from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
@@ -16,7 +17,7 @@ import msgspec
 from netorch import engine
 from netorch.compiler import compile
 from netorch.engine import Progress
-from netorch.errors import NetorchError, ReadyError, UsageError
+from netorch.errors import ImageError, NetorchError, ReadyError, UsageError
 from netorch.facts import Facts, Uplink
 from netorch.model import Topology
 from netorch.planner import Plan, diff
@@ -121,17 +122,16 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
     was made but a guest didn't come to life in time (the lab stays up for a look).
     """
     name = topology.name
-    run = run_base() / name
     if any(guest.image == "tiny" for guest in topology.guests.values()):
         from netorch.system.tiny import tiny_image
 
         tiny_image(progress.waiting)  # here: a place without a way out can't download its parts
-    with rundir.locked(run):
+    with rundir.locked(_run_of(name)) as run:
         place = _find(topology, choice)
         made = place is None
         if place is None:
             place = create_private(name, run, topology.lab.uplink, _uplink_subnet(topology))
-        lab = Lab(name, place, run, disks_base() / name)
+        lab = _lab(name, place)
         try:
             if place.private:
                 enter(place)
@@ -155,12 +155,12 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     Raises ConflictError if it could not be done.
     """
     name = topology.name
-    run = run_base() / name
     place = _find(topology, choice)
     if place is None:
-        desired = compile(topology, _fresh_facts(topology), run, TABLE_PREFIX + name, source)
+        facts = _fresh_facts(topology)
+        desired = compile(topology, facts, run_base() / name, TABLE_PREFIX + name, source)
         return Outcome(name, None, diff(desired, EMPTY))
-    lab = Lab(name, place, run, disks_base() / name)
+    lab = _lab(name, place)
     if place.private:
         enter(place)
     system = machine(lab.scope)
@@ -211,7 +211,7 @@ def labs() -> list[Lab]:
     places = {name: Place(lab=name, private=True, inode=0) for name in _remains()}
     places |= {name: Place(lab=name, private=False, inode=here) for name in names}
     places |= private_places()
-    found = [Lab(name, place, base / name, disks_base() / name) for name, place in places.items()]
+    found = [_lab(name, place) for name, place in places.items()]
     return sorted(found, key=lambda lab: lab.name)
 
 
@@ -303,6 +303,17 @@ def _refuse_a_twin(lab: Lab) -> None:
     rundir.write(lab.run / _PLACE, f"{here} private" if lab.place.private else str(here))
 
 
+def _lab(name: str, place: Place) -> Lab:
+    run = Path(place.run) if place.run else run_base() / name
+    return Lab(name, place, run, disks_base() / name)
+
+
+def _run_of(name: str) -> Path:
+    """The run directory of a lab: where its private place has it, or where it will be."""
+    running = private_places().get(name)
+    return Path(running.run) if running and running.run else run_base() / name
+
+
 def _place_of(run: Path) -> int | None:
     """The network namespace that a run directory belongs to."""
     try:
@@ -326,13 +337,13 @@ def _with_names(facts: Facts, topology: Topology) -> Facts:
     """Add what the file's own words refer to: users' ids and images' formats."""
     from netorch.system.disks import image_format
 
+    formats: dict[str, str] = {}
+    for image in (g.image for g in topology.guests.values() if g.image != "tiny"):
+        with contextlib.suppress(ImageError):  # the guests' adapter names all that can't be read
+            formats[image] = image_format(Path(image))
     owners = {taps.owner for taps in topology.taps.values() if isinstance(taps.owner, str)}
-    images = {g.image for g in topology.guests.values() if g.image != "tiny" and g.format == "auto"}
-    return msgspec.structs.replace(
-        facts,
-        users={owner: _uid_of(owner) for owner in owners},
-        formats={image: image_format(Path(image)) for image in images},
-    )
+    users = {owner: _uid_of(owner) for owner in owners}
+    return msgspec.structs.replace(facts, users=users, formats=formats)
 
 
 def _uid_of(user: str) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from netorch.errors import UsageError
+from netorch.errors import MissingError, UsageError
 from netorch.labs import Lab, find_all, topology_of
 from netorch.resources import Bridge, Veth
 from netorch.state import State
@@ -71,10 +71,15 @@ def console(node: Node) -> int:
 
 
 def _in_guest(node: Node, command: Sequence[str]) -> int:
-    from netorch.system.qmp import agent_exec
+    from netorch.system.qmp import QmpError, agent_exec
 
     data = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
-    done = agent_exec(node.lab.scope, node.name, command, data)
+    try:
+        done = agent_exec(node.lab.scope, node.name, command, data)
+    except QmpError as error:
+        if "No such file or directory" in error.message:
+            raise MissingError(f"{command[0]}: not found in guest {node.name}") from error
+        raise
     sys.stdout.buffer.write(done.out)
     sys.stderr.buffer.write(done.err)
     return done.code

@@ -74,7 +74,13 @@ def create(lab: str, run: Path, uplink: Uplink, subnet: str) -> Place:
         if pidfd >= 0:
             os.close(pidfd)
     return Place(
-        lab=lab, private=True, inode=founded.inode, init=founded.init, uplink=chosen, reason=reason
+        lab=lab,
+        private=True,
+        inode=founded.inode,
+        init=founded.init,
+        uplink=chosen,
+        run=str(run),
+        reason=reason,
     )
 
 
@@ -103,7 +109,7 @@ def _found(lab: str, run: Path, leash_read: int, report: int, answer: int) -> No
         founded.step = "PID 1"
         founded.init = os.fork()
         if founded.init == 0:
-            _become_init(lab, founded.inode, leash_read, answer)
+            _become_init(lab, run, founded.inode, leash_read, answer)
     except OSError as error:
         founded.errno = error.errno or errno.EIO
     finally:
@@ -112,7 +118,7 @@ def _found(lab: str, run: Path, leash_read: int, report: int, answer: int) -> No
         os._exit(0)
 
 
-def _become_init(lab: str, inode: int, leash_read: int, answer: int) -> NoReturn:
+def _become_init(lab: str, run: Path, inode: int, leash_read: int, answer: int) -> NoReturn:
     try:
         os.dup2(leash_read, 0)
         os.dup2(answer, 1)
@@ -120,7 +126,7 @@ def _become_init(lab: str, inode: int, leash_read: int, answer: int) -> NoReturn
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         os.chdir("/")
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        marks = {**_marks(lab, inode), "NETORCH_PRIVATE": "1"}
+        marks = {**_marks(lab, inode), "NETORCH_PRIVATE": "1", "NETORCH_RUN": str(run)}
         os.execve(sys.executable, [sys.executable, "-I", "-S", "-E", str(_INIT), lab], marks)
     except OSError as error:
         os.write(1, f"can't run {sys.executable}: {error.strerror}".encode())

@@ -39,7 +39,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     """A place. `init` is the pid of PID 1 as this process sees it, 0 for the current place and for
     a private one that is gone.
 
-    `reason` says why there is no uplink, where creating the place found that out.
+    `run` is the lab's run directory, "" for the current place. `reason` says why there is no
+    uplink, where creating the place found that out.
     """
 
     lab: str
@@ -47,6 +48,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     inode: int
     init: int = 0
     uplink: str = ""
+    run: str = ""
     reason: str = ""
 
 
@@ -133,10 +135,17 @@ def destroy(place: Place) -> None:
 
 
 def _places() -> Iterator[tuple[int, Place]]:
-    """The private places right below this process's PID namespace, with PID 1's pid in /proc."""
+    """The private places right below this process's PID namespace, with PID 1's pid in /proc.
+
+    Where $NETORCH_RUN_DIR is set, those only whose run directories are there.
+    """
+    base = os.environ.get("NETORCH_RUN_DIR")
     depth = len(_nspid("self"))
     for pid, environ in marked_processes():
         if environ.get("NETORCH_PRIVATE") != "1":
+            continue
+        run = environ.get("NETORCH_RUN", "")
+        if base and os.path.dirname(run) != os.path.abspath(base):
             continue
         with suppress(OSError):  # it may end while we read
             pids = _nspid(pid)
@@ -152,6 +161,7 @@ def _places() -> Iterator[tuple[int, Place]]:
                     inode=int(environ["NETORCH_PLACE"]),
                     init=pids[-2],
                     uplink=uplink,
+                    run=run,
                 )
                 yield pid, place
 

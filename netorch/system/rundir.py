@@ -24,11 +24,11 @@ RECORD = "record.json"
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the lab's lock; makes the run directory where it is missing. Waits for whoever has it.
+def locked(run: Path) -> Iterator[Path]:
+    """Hold the lab's lock on `run`, which the block gets; makes the directory where it is missing.
 
-    Raises MissingError where the directory can't be made, NetorchError where it belongs to someone
-    else.
+    Waits for whoever has the lock. Raises MissingError where it can't be made, NetorchError
+    where it belongs to someone else.
     """
     while True:
         try:
@@ -50,7 +50,7 @@ def locked(run: Path) -> Iterator[None]:
                 )
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if _is_at(descriptor, run):
-                yield
+                yield run
                 return
         finally:
             os.close(descriptor)

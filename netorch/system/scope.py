@@ -75,7 +75,7 @@ def run_base() -> Path:
     $XDG_RUNTIME_DIR.
     """
     if chosen := os.environ.get("NETORCH_RUN_DIR"):
-        return Path(chosen)
+        return Path(chosen).absolute()
     if _is_root():
         return Path("/run/netorch")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -91,7 +91,7 @@ def disks_base() -> Path:
     The user's is below $XDG_STATE_HOME, by default ~/.local/state.
     """
     if chosen := os.environ.get("NETORCH_DISK_DIR"):
-        return Path(chosen)
+        return Path(chosen).absolute()
     if _is_root():
         return Path("/var/lib/netorch")
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
