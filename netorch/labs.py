@@ -186,7 +186,8 @@ def teardown(lab: Lab, progress: Progress) -> list[str]:
 
     with rundir.locked(lab.run):
         if lab.place.private:
-            destroy(lab.place)
+            # Looked for again: while this waited for the lock, an apply may have made it.
+            destroy(private_places().get(lab.name, lab.place))
             errors: list[str] = []
         else:
             errors = engine.teardown(machine(lab.scope), progress)
@@ -220,10 +221,11 @@ def _remains() -> list[str]:
     base = run_base()
     runs = [run.name for run in rundir.all_of(base) if _place_of(run) is None or _was_private(run)]
     disks = [d.name for d in rundir.all_of(disks_base()) if not (base / d.name).exists()]
-    if not runs and not disks:
-        return []
-    alive = {marks["NETORCH_LAB"] for _pid, marks in marked_processes()}
-    return [name for name in (*runs, *disks) if name not in alive]
+    if disks:
+        # Another network namespace may have a lab whose run directory was deleted.
+        alive = {marks["NETORCH_LAB"] for _pid, marks in marked_processes()}
+        disks = [name for name in disks if name not in alive]
+    return runs + disks
 
 
 def find(name: str | None) -> Lab:

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import pty
-import shutil
 import signal
 import struct
 import subprocess
@@ -24,16 +23,10 @@ from netorch.system.guests import Guests
 from netorch.system.processes import end, leaders, marked
 from netorch.system.qmp import Qmp, agent_exec
 from netorch.system.scope import Scope, current_place
-from netorch.system.tiny import tiny_image
 from netorch.system.watch import Watch
 from tests.guest_shapes import SHAPES, guest
 from tests.isolation import ip
 from tests.kernel.machine import on_a_machine
-
-pytestmark = [
-    pytest.mark.skipif(not shutil.which(program), reason=f"{program} is not installed")
-    for program in ("qemu-system-x86_64", "qemu-img")
-]
 
 SECONDS = 40  # for a boot under TCG on a busy machine
 HELLO = b"hello from the boot sector"
@@ -41,12 +34,6 @@ HELLO = b"hello from the boot sector"
 # end: hlt; jmp end
 _CODE = bytes.fromhex("be127cac08c07406baf803eeebf5f4ebfd90")
 BOOT_SECTOR = (_CODE + HELLO + b"\0").ljust(510, b"\0") + b"\x55\xaa"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _tiny() -> None:
-    """Built before the first test goes where there is no network."""
-    tiny_image(print)
 
 
 @contextlib.contextmanager

@@ -177,7 +177,7 @@ def test_the_life_of_a_lab(lab_machine: Make) -> None:
     assert machine.differences() == []
     assert "192.168.122.7" in leased(machine)
 
-    machine.write(EVERYTHING.replace('"default"', '"lan"'), LONG)
+    machine.write(EVERYTHING.partition("[hosts.client]")[0], LONG)
     in_child(lambda: machine.apply_here(Waiting(kill_self)))
     assert "guest:vm1" not in machine.processes()
     machine.down()

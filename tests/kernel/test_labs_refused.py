@@ -1,0 +1,241 @@
+"""What is refused before the first change, what fails on the way, and what is interrupted."""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from netorch import cli, report
+from netorch.engine import Progress
+from netorch.labs import PlaceChoice
+from netorch.system import namespaces, processes
+from tests import untouched
+from tests.isolation import ip
+from tests.kernel.test_labs_killed import CHANGED, LAB
+from tests.whole_labs import (
+    PLACES,
+    FailingAt,
+    LabMachine,
+    Refused,
+    in_child,
+    without_numbers,
+)
+
+Make = Callable[..., LabMachine]
+IN_BOTH = pytest.mark.parametrize("place", PLACES)
+
+CONFLICTS: dict[str, tuple[list[str], str]] = {
+    "bridge": (
+        ["link add virbr0 type bridge"],
+        "the name virbr0 is taken by a bridge that looks like libvirt's",
+    ),
+    "tap": (["tuntap add dev lab1 mode tap"], "the name lab1 is taken by a tap that is not"),
+    "lab": (
+        ["link add br0 type bridge", "link set br0 alias netorch:other:bridge:x"],
+        "the name br0 is taken by a bridge of the netorch lab other",
+    ),
+    "address": (
+        ["addr add 192.168.122.77/28 dev wan0"],
+        "192.168.122.0/24 overlaps with 192.168.122.77/28 of wan0",
+    ),
+    "route": (
+        ["route add 10.0.0.0/16 via 10.99.0.1"],
+        "10.0.0.0/24 overlaps with route 10.0.0.0/16 of wan0",
+    ),
+}
+
+
+@pytest.mark.parametrize("conflict", CONFLICTS)
+def test_a_conflict_stops_before_the_first_change(lab_machine: Make, conflict: str) -> None:
+    machine = lab_machine()
+    commands, expected = CONFLICTS[conflict]
+    for command in commands:
+        ip(*command.split())
+    before = machine.look()
+    machine.write(LAB)
+    for arguments in (["apply"], ["plan"]):
+        done = machine.netorch(*arguments, str(machine.file))
+        assert done.status == 1
+        assert expected in done.err
+        assert machine.look() == before
+
+
+def test_all_conflicts_come_at_once(lab_machine: Make) -> None:
+    machine = lab_machine()
+    for name in ("bridge", "tap", "route"):
+        for command in CONFLICTS[name][0]:
+            ip(*command.split())
+    machine.write(LAB)
+    done = machine.apply()
+    assert all(CONFLICTS[name][1] in done.err for name in ("bridge", "tap", "route"))
+
+
+@pytest.mark.parametrize("program", ["dnsmasq", "busybox"])
+def test_a_missing_program_is_named(lab_machine: Make, program: str) -> None:
+    machine = lab_machine()
+    machine.write(LAB)
+    before = machine.look()
+    found = processes.program(program)
+    assert found is not None
+    path = Path(found)
+    namespaces.mount("/dev/null", path.resolve(), flags=namespaces.MS_BIND)
+    done = machine.apply()
+    namespaces.unmount(path.resolve())
+    assert done.status == 1
+    assert f"{program} is not installed" in done.err
+    assert machine.look() == before
+
+
+def test_taps_that_cannot_be_made_are_refused(lab_machine: Make, tmp_path: Path) -> None:
+    machine = lab_machine()
+    machine.write(LAB)
+    before = machine.look()
+    namespaces.mount("/dev/null", "/dev/net/tun", flags=namespaces.MS_BIND)
+    (tmp_path / "empty").mkdir()
+    namespaces.mount(tmp_path / "empty", "/dev/net", flags=namespaces.MS_BIND)
+    done = machine.apply()
+    assert done.status == 1
+    assert "/dev/net/tun can't be opened: No such file or directory" in done.err
+    assert machine.look() == before
+
+
+@pytest.mark.parametrize("port", [53, 67])
+def test_a_port_that_is_taken_names_the_holder(lab_machine: Make, port: int) -> None:
+    machine = lab_machine()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
+        holder.bind(("", port))
+        machine.before = machine.look()
+        machine.write(LAB)
+        done = machine.apply()
+        assert done.status == 1
+        assert f"(process {os.getpid()})" in done.err
+        assert machine.leftovers() == []
+
+
+def test_one_name_in_two_namespaces_is_refused(lab_machine: Make) -> None:
+    machine = lab_machine()
+    machine.write(LAB)
+    machine.up()
+    running = machine.look()
+
+    def elsewhere() -> tuple[int, str]:
+        namespaces.unshare(namespaces.NEWNET)
+        done = machine.apply()
+        return done.status, done.err
+
+    assert in_child(elsewhere)[0] == 1  # type: ignore[index]
+    assert "another lab" in in_child(elsewhere)[1]  # type: ignore[index]
+    assert machine.look() == running
+    machine.down()
+
+
+@IN_BOTH
+@pytest.mark.parametrize("running", [False, True], ids=["fresh", "running"])
+def test_a_failure_at_each_action_leaves_all_as_before(
+    lab_machine: Make, place: PlaceChoice, running: bool
+) -> None:
+    machine = lab_machine(place)
+    if running:
+        machine.write(LAB)
+        machine.up()
+    before = machine.look()
+    machine.write(CHANGED)
+    number = 0
+    while True:
+        number += 1
+        refused = in_child(
+            lambda: machine.apply_here(Progress(), lambda s: FailingAt(s, number))  # noqa: B023
+        )
+        if not isinstance(refused, Refused):
+            break
+        assert "no luck" in refused.message
+        assert not refused.left
+        assert bool(refused.undone) == (number > 1), number
+        changed = untouched.differences(without_numbers(before), without_numbers(machine.look()))
+        assert not changed, "\n".join([f"at {number}", *changed])
+        if running:
+            assert machine.differences() == [], number
+    assert number > 12
+    machine.down()
+
+
+@IN_BOTH
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_the_middle(
+    lab_machine: Make, tmp_path: Path, place: PlaceChoice, number: signal.Signals
+) -> None:
+    """The signal comes at each third action, and once more at each action of the rollback."""
+    machine = lab_machine(place)
+    machine.write(LAB)
+    for action in range(1, 14, 3):
+        out = tmp_path / "out"
+        status = _interrupt_after(machine, action, number, out)
+        text = out.read_text()
+        assert status == 1, text
+        assert "error: interrupted" in text
+        assert "undoing what was done" in text
+        assert "undone: delete record" in text
+        assert "left behind" not in text
+        assert machine.leftovers() == [], text
+
+
+@IN_BOTH
+def test_interrupted_while_it_waits_for_the_lease(lab_machine: Make, place: PlaceChoice) -> None:
+    """The signal goes to the whole process group, as Ctrl-C does."""
+    machine = lab_machine(place)
+    machine.write(LAB, "timeout = 30")
+    command = machine.popen(*machine.apply_arguments())
+    assert command.stderr is not None
+    for line in command.stderr:
+        if "dnsmasq for default" in line:
+            os.kill(machine.processes()["dnsmasq:default"], signal.SIGSTOP)
+        if "DHCP client" in line:
+            break
+    os.killpg(command.pid, signal.SIGINT)
+    _out, err = command.communicate(timeout=60)
+    assert command.returncode == 1
+    assert "error: interrupted" in err
+    assert "left behind" not in err
+    assert machine.leftovers() == []
+
+
+def _interrupt_after(machine: LabMachine, action: int, number: signal.Signals, out: Path) -> int:
+    """The command line's exit status, in a child which sends itself signals."""
+    child = os.fork()
+    if child == 0:
+        output = os.open(out, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        report.Printer = _Interrupting(action, number)  # type: ignore[misc, assignment]
+        sys.argv = ["netorch", *machine.apply_arguments()]
+        status = 99
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(str(end.code))
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _Interrupting(action: int, number: signal.Signals) -> Callable[..., report.Printer]:
+    class Interrupting(_PRINTER):
+        def done(self, action_done: object) -> None:
+            super().done(action_done)  # type: ignore[arg-type]
+            if self.count == action:
+                os.kill(os.getpid(), number)
+
+        def undone(self, action_done: object) -> None:
+            super().undone(action_done)  # type: ignore[arg-type]
+            os.kill(os.getpid(), number)
+
+    return Interrupting
+
+
+_PRINTER = report.Printer
