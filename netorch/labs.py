@@ -182,6 +182,7 @@ def status(lab: Lab) -> Standing:
 
 def teardown(lab: Lab, progress: Progress) -> list[str]:
     """Take the lab away by its marks alone. Returns what could not be deleted, in words."""
+    from netorch.system.netns_directory import remove_directory
     from netorch.system.processes import end, marked
 
     with rundir.locked(lab.run):
@@ -192,6 +193,7 @@ def teardown(lab: Lab, progress: Progress) -> list[str]:
         else:
             errors = engine.teardown(machine(lab.scope), progress)
             end(lab.scope, marked(lab.scope))  # what `exec` left running, or another version
+            remove_directory(lab.scope.namespaces)
         if not errors:
             rundir.remove(lab.scope)
         return errors

@@ -19,6 +19,7 @@ import os
 import shutil
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,8 @@ _SEVERAL = "running more than once"
 
 # <linux/if_tun.h>
 _TUNSETIFF = 0x400454CA
+_RTMGRP_LINK = 1
+_BUSY_SECONDS = 3.0  # the kernel tells of a lost carrier within one second
 _IFF_TAP = 0x0002
 _IFF_MULTI_QUEUE = 0x0100
 _IFF_NO_PI = 0x1000
@@ -265,12 +268,34 @@ def _open_tap(nic: GuestNic, guest: str, opened: contextlib.ExitStack) -> Iterat
         for _queue in range(nic.queues):
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
             opened.callback(os.close, fd)
-            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", nic.tap.encode(), flags))
+            _attach(fd, struct.pack("16sH22x", nic.tap.encode(), flags))
             yield fd
     except OSError as error:
         raise KernelError(
             f"failed to open tap {nic.tap} for guest {guest}: {error.strerror}", error.errno or 0
         ) from error
+
+
+def _attach(fd: int, request: bytes) -> None:
+    """TUNSETIFF; while the tap is busy, wait for news of links and try again.
+
+    A QEMU that was killed lets go of its taps only after it has ceased to be seen (kernel/exit.c,
+    do_exit: exit_mm comes before exit_files).
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
+        events.bind((0, _RTMGRP_LINK))
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                fcntl.ioctl(fd, _TUNSETIFF, request)
+                return
+            except OSError as error:
+                left = deadline - time.monotonic()
+                if error.errno != errno.EBUSY or left <= 0:
+                    raise
+            events.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                events.recv(65536)
 
 
 def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:

@@ -6,9 +6,9 @@ line when a node starts: what the log says of the node's MAC after that line is 
 
     nothing -> DHCPDISCOVER -> DHCPOFFER -> DHCPREQUEST -> DHCPACK (and the lease)
 
-Nothing is polled: dnsmasq's log and leases and the guests' consoles are files that inotify tells
-of, and the end of a process shows on its pidfd. A process that ends fails the wait at once. When
-the deadline passes, the reason for each late node is the first step without evidence.
+Nothing is polled: dnsmasq's log and leases are files that inotify tells of, and the end of a
+process shows on its pidfd. A process that ends fails the wait at once. When the deadline passes,
+the reason for each late node is the first step without evidence.
 """
 
 import re
@@ -162,8 +162,7 @@ class _Wait:
             macs.setdefault(one.key, []).append(one.mac)
         networks = dict.fromkeys(one.network for one in wanted)
         self._logs = {n: _Log(scope.run / f"dnsmasq-{n}.log", macs) for n in networks}
-        self._silent = {one.node for one in wanted if one.key in started}
-        self._told: dict[_Wanted, str] = {}
+        self._asking: set[_Wanted] = set()
         self._found: dict[_Wanted, Lease] = {}
 
     def until(self, deadline: float, watch: Watch) -> list[Lease]:
@@ -171,6 +170,9 @@ class _Wait:
         for directory in (self._scope.run, *settled):
             if directory.is_dir():
                 watch.directory(directory)
+        for key in sorted(self._started):
+            if key.startswith("guest:"):
+                self._progress(f"{key.removeprefix('guest:')} boots")
         self._look()
         if self._late:
             self._watch_late(watch)
@@ -183,11 +185,7 @@ class _Wait:
                 self._look()
             if left <= 0 and self._late:
                 raise self._too_late()
-            for console in [path for path in changed if path.name == "serial.log"]:
-                watch.forget(console.parent)
-                self._silent.discard(console.parent.name)
-                self._progress(f"{console.parent.name} writes to its console")
-            if any(path.name != "serial.log" for path in changed):
+            if changed:
                 self._look()
         return list(self._found.values())
 
@@ -199,10 +197,6 @@ class _Wait:
         for key in needed:
             for process in running[key]:
                 watch.process(process, key)
-        for node in self._silent:
-            directory = self._scope.run / "guests" / node
-            if directory.is_dir():
-                watch.directory(directory)
 
     def _look(self) -> None:
         """See who has come further: by dnsmasq's logs and leases."""
@@ -212,14 +206,16 @@ class _Wait:
         for one in list(self._late):
             step = self._logs[one.network].steps.get(one.mac, "")
             lease = leases.get((one.network, one.mac))
-            fresh = step == "DHCPACK" or one.key not in self._started
+            started = one.key in self._started
+            if step and started and one not in self._asking:
+                self._asking.add(one)
+                self._progress(f"{one.node} asks for an address on {one.network}")
+            fresh = step == "DHCPACK" or not started
             if lease and fresh and (one.settled is None or one.settled.exists()):
                 self._late.remove(one)
                 self._found[one] = lease
-                self._progress(f"{one.node} has {lease.address}")
-            elif step and one not in self._told:
-                self._told[one] = step
-                self._progress(f"{one.node} asks for an address on {one.network}")
+                if started:
+                    self._progress(f"{one.node} has {lease.address}")
 
     def _ended(self, keys: Iterable[str]) -> ReadyError:
         lines = []

@@ -11,6 +11,7 @@ directory was deleted: then a plain directory does as well.
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from netorch.system.namespaces import MS_REC, MS_SHARED
 from netorch.system.scope import Scope
 
 _TMPFS = "netorch"
+# What a SIGKILL before the mount leaves is known by the sticky bit: `ip netns` makes it with 0755.
+_MODE = 0o1755
 
 
 @contextmanager
@@ -39,7 +42,7 @@ def directory_of(scope: Scope) -> Iterator[None]:
 
 def _make(directory: Path) -> None:
     try:
-        directory.mkdir(mode=0o755)
+        directory.mkdir(mode=_MODE)
         namespaces.mount(_TMPFS, directory, "tmpfs", data="mode=0755")
         namespaces.mount(None, directory, flags=MS_SHARED | MS_REC)
     except OSError as error:
@@ -49,10 +52,13 @@ def _make(directory: Path) -> None:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove the directory if it is empty, and ours by its mount."""
+    """Remove the directory if it is empty, and ours by its mount or, before that, by its mode."""
     with _locked(directory.parent):
-        if _is_own_tmpfs(directory) and not os.listdir(directory):
+        if not directory.is_dir() or os.listdir(directory):
+            return
+        if _is_own_tmpfs(directory):
             namespaces.unmount(directory)
+        if stat.S_IMODE(directory.stat().st_mode) == _MODE:
             directory.rmdir()
 
 

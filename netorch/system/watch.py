@@ -52,12 +52,6 @@ class Watch:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
         self._directories[number] = path
 
-    def forget(self, path: Path) -> None:
-        """Hear no more of a directory."""
-        for number in [n for n, watched in self._directories.items() if watched == path]:
-            _libc.inotify_rm_watch(self._inotify, number)
-            del self._directories[number]
-
     def process(self, process: Marked, name: str) -> None:
         """Hear of the end of a process by `name`; at once, if it has ended already."""
         try:

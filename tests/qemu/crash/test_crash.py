@@ -122,7 +122,7 @@ def test_late_since_its_tap_is_down(lab_machine: Make) -> None:
     command = machine.popen(*machine.apply_arguments())
     assert command.stderr is not None
     for line in command.stderr:
-        if "guest vm1" in line:
+        if "vm1 boots" in line:
             ip("link", "set", "vm1-0", "down")
             break
     _out, err = command.communicate(timeout=60)
