@@ -12,7 +12,7 @@ answer, the 2 s that it is waited for.
 import msgspec
 
 from netorch.errors import KernelError, MissingError
-from netorch.resources import Bridge, Guest
+from netorch.resources import Bridge, Guest, Namespace
 from netorch.state import State
 from netorch.system import echo, hops, journeys, leases, routing, sights
 from netorch.system.echo import Echo
@@ -117,6 +117,7 @@ def _ping(scope: Scope, state: State, journey: Journey) -> Echo:
         if not isinstance(guest, Guest) or guest.state != "running":
             return Echo(False, False, f"{source.node} does not run")
         return echo.from_guest(scope, source.node, journey.address)
-    if f"namespace:{source.node}" not in state:
+    there = state.get(f"namespace:{source.node}")
+    if not isinstance(there, Namespace) or not there.up:
         return Echo(False, False, f"{source.node} is not there")
     return echo.from_host(scope.namespace(source.node), source.node, journey.address)

@@ -75,16 +75,19 @@ def answer(seen: Sights, journey: Journey, so_far: Sequence[Hop]) -> Hop:
         return Hop(name, True, echo.said)
     if not echo.tried:
         return Hop(name, True, f"not tried: {echo.said}")
-    if all(hop.ok for hop in so_far):
-        return Hop(name, False, f"{echo.said}; a firewall on either of them may drop it")
-    return Hop(name, False, echo.said)
+    if not all(hop.ok for hop in so_far):
+        return Hop(name, False, echo.said)
+    if journey.target is None and journey.routed:
+        beyond = "this machine sent it on, and can't see further (a private place's uplink, pasta "
+        return Hop(name, False, f"{echo.said}; {beyond}or slirp4netns, may pass no pings)")
+    return Hop(name, False, f"{echo.said}; a firewall on either of them may drop it")
 
 
 def _process(seen: Sights, end: End) -> Hop:
     if not end.is_guest:
         there = seen.state.get(f"namespace:{end.node}")
         name = f"host {end.node}"
-        if not isinstance(there, Namespace):
+        if not isinstance(there, Namespace) or not there.up:
             return Hop(name, False, f"its network namespace is gone: {_AGAIN}")
         return Hop(name, True, "its network namespace is there")
     name, guest = f"guest {end.node}", seen.state.get(f"guest:{end.node}")
@@ -117,16 +120,16 @@ def _nic(seen: Sights, end: End) -> Iterator[Hop]:
 def _port(seen: Sights, end: End) -> Hop:
     name = f"{'tap' if end.is_guest else 'veth'} {end.port.name}"
     link = seen.ground.links.get(end.port.name)
+    blame = _process(seen, end).ok
     if link is None or seen.state.get(end.port.key) is None:
-        return Hop(name, False, f"it is gone: {_AGAIN}")
+        return Hop(name, not (end.is_guest or blame), f"it is gone: {_AGAIN}")
     if not link.up:
         return Hop(name, False, f"it is down: `ip link set {link.name} up`, or {_AGAIN}")
     if link.running:
         return Hop(name, True, "up, with a carrier")
     if end.is_guest:
-        blame = _process(seen, end).ok
         return Hop(name, not blame, "no carrier: no QEMU has it open")
-    blame = seen.inside[end.node].up
+    blame = blame and seen.inside[end.node].up
     return Hop(name, not blame, f"no carrier: its other end in {end.node} is down")
 
 
@@ -143,8 +146,9 @@ def _bridge_port(seen: Sights, end: End) -> Hop:
             f"it is a port of {bridge or 'no bridge'}, not of {end.bridge}: "
             f"`ip link set {link.name} master {end.bridge}`, or {_AGAIN}",
         )
-    state = link.port_state
-    if link.running and state not in (None, _FORWARDING):
+    state, master = link.port_state, seen.ground.links.get(bridge)
+    works = link.running and master is not None and master.up
+    if works and state is not None and state != _FORWARDING:
         words = _PORT_STATES[state] if state < len(_PORT_STATES) else str(state)
         return Hop(name, False, f"it is {words}: spanning tree lets nothing pass (yet)")
     return Hop(name, True, f"a port of {bridge}")

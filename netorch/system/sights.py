@@ -118,7 +118,7 @@ def inside(scope: Scope, seen: State, end: End, address: str) -> Inside:
 def _inside_host(scope: Scope, seen: State, end: End, address: str) -> Inside:
     there = seen.get(f"namespace:{end.node}")
     assert isinstance(end.port, Veth)
-    if not isinstance(there, Namespace):
+    if not isinstance(there, Namespace) or not there.up:
         return Inside(unseen="it is not there")
     with Netlink(scope.namespace(end.node)) as netlink:
         snapshot = Snapshot(netlink)
