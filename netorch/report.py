@@ -193,8 +193,10 @@ def hops_text(hops: "Sequence[Hop]") -> None:
     broken = next((hop for hop in hops if not hop.ok), None)
     rows = []
     for hop in hops:
-        colour = "green" if hop.ok else "red" if hop is broken else "yellow"
-        rows.append((click.style("ok" if hop.ok else "broken", fg=colour), hop.name, hop.detail))
+        word, colour = ("ok", "green") if hop.ok else ("broken too", "yellow")
+        if hop is broken:
+            word, colour = "broken", "red"
+        rows.append((click.style(word, fg=colour), hop.name, hop.detail))
     table(("STATE", "HOP", "WHAT"), rows)
     click.echo(first_broken(hops))
 

@@ -48,6 +48,9 @@ def from_host(namespace: Path, host: str, address: str) -> Echo:
     try:
         with in_namespace(namespace):
             icmp = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    except OSError as error:  # a container without CAP_NET_RAW
+        return Echo(False, False, f"{host} can't send a ping: {error.strerror}")
+    try:
         with icmp:
             icmp.sendto(_request(identity), (address, 0))
             said = _answer(icmp, identity)

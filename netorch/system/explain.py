@@ -9,34 +9,47 @@ Nothing is changed, and nothing is left behind. It takes some 0.1 s where all is
 answer, the 2 s that it is waited for.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import msgspec
 
 from netorch.errors import KernelError, MissingError
 from netorch.resources import Bridge, Guest, Namespace
 from netorch.state import State
-from netorch.system import echo, hops, journeys, leases, routing, sights
-from netorch.system.echo import Echo
+from netorch.system import hops, journeys, leases, routing, sights
+from netorch.system.echo import Echo, from_guest, from_host
 from netorch.system.firewall import refusals
 from netorch.system.hops import Hop, first_broken
 from netorch.system.journeys import End, Journey
 from netorch.system.scope import Scope
 from netorch.system.sights import Sights
-from netorch.system.tracing import Drop, Trace
+from netorch.system.tracing import PINGS, Drop, Packets, Trace
 
-__all__ = ["Hop", "explain", "first_broken"]
+__all__ = ["Echo", "Hop", "Packets", "Probe", "explain", "first_broken"]
 
 
-def explain(scope: Scope, desired: State, source: str, target: str) -> list[Hop]:
+class Probe(NamedTuple):
+    """What is sent in place of a ping: its packets as nft knows them ("tcp dport 80"), and how."""
+
+    packets: Packets
+    send: Callable[[], Echo]
+
+
+def explain(
+    scope: Scope, desired: State, source: str, target: str, probe: Probe | None = None
+) -> list[Hop]:
     """The hops between the guest or host `source` and a node, "gateway" or IPv4 address.
 
-    In the order in which a packet meets them; the first that is not ok is the broken one. To be
-    called in the lab's place. Raises UsageError for what the lab doesn't have.
+    In the order in which a packet meets them; the first that is not ok is the broken one. What
+    was to be proved with something else than a ping is explained with that: see Probe. To be called
+    in the lab's place. Raises UsageError for what the lab doesn't have.
     """
     held = tuple(leases.read(scope))
     own = [a.partition("/")[0] for bridge in desired.of(Bridge) for a in bridge.addresses]
     own += sights.ground("").addresses
     journey = _addressed(scope, journeys.plan(desired, held, own, source, target))
-    return judge(desired, journey, _look(scope, journey, held), scope.table)
+    return judge(desired, journey, _look(scope, journey, held, probe), scope.table)
 
 
 def judge(desired: State, journey: Journey, seen: Sights, table: str) -> list[Hop]:
@@ -76,9 +89,12 @@ def _addressed(scope: Scope, journey: Journey) -> Journey:
     return journey
 
 
-def _look(scope: Scope, journey: Journey, held: tuple[leases.Lease, ...]) -> Sights:
+def _look(
+    scope: Scope, journey: Journey, held: tuple[leases.Lease, ...], probe: Probe | None
+) -> Sights:
     state = sights.state(scope)
-    probe, drop, refused = _probe(scope, state, journey)
+    probe = probe or Probe(PINGS, lambda: _ping(scope, state, journey))
+    echo, drop, refused = _traced(scope, journey, probe)
     source, target = journey.source, journey.target
     inside = {source.node: sights.inside(scope, state, source, journey.address)}
     if target is not None and target.node != source.node:
@@ -88,24 +104,25 @@ def _look(scope: Scope, journey: Journey, held: tuple[leases.Lease, ...]) -> Sig
         ground=sights.ground(journey.address),
         leases=held,
         inside=inside,
-        echo=probe,
+        echo=echo,
         drop=drop,
         refusals=refused,
     )
 
 
-def _probe(
-    scope: Scope, state: State, journey: Journey
+def _traced(
+    scope: Scope, journey: Journey, probe: Probe
 ) -> tuple[Echo, Drop | None, tuple[tuple[str, str], ...]]:
-    """The ping, what dropped it, and without a trace who else drops packets."""
+    """What came of the probe, what dropped it, and without a trace who else drops packets."""
     if not (journey.source.address and journey.address):
-        return _ping(scope, state, journey), None, ()
+        return probe.send(), None, ()
     try:
-        with Trace(scope.lab, journey.source.address, journey.address) as trace:
-            return _ping(scope, state, journey), trace.drop(), ()
+        trace = Trace(scope.lab, journey.source.address, journey.address, probe.packets)
     except (KernelError, MissingError):
         found = refusals() if journey.routed else []
-        return _ping(scope, state, journey), None, tuple((w, why) for w, why, _ in found)
+        return probe.send(), None, tuple((where, why) for where, why, _ in found)
+    with trace:
+        return probe.send(), trace.drop(), ()
 
 
 def _ping(scope: Scope, state: State, journey: Journey) -> Echo:
@@ -116,8 +133,8 @@ def _ping(scope: Scope, state: State, journey: Journey) -> Echo:
         guest = state.get(f"guest:{source.node}")
         if not isinstance(guest, Guest) or guest.state != "running":
             return Echo(False, False, f"{source.node} does not run")
-        return echo.from_guest(scope, source.node, journey.address)
+        return from_guest(scope, source.node, journey.address)
     there = state.get(f"namespace:{source.node}")
     if not isinstance(there, Namespace) or not there.up:
         return Echo(False, False, f"{source.node} is not there")
-    return echo.from_host(scope.namespace(source.node), source.node, journey.address)
+    return from_host(scope.namespace(source.node), source.node, journey.address)

@@ -35,9 +35,8 @@ def through(desired: State, seen: Sights, journey: Journey, table: str) -> Itera
 
 def filters(seen: Sights, journey: Journey, table: str) -> Iterator[Hop]:
     """What dropped the probe or its answer; without a trace, which foreign chains may have."""
-    drop = seen.drop
-    if drop is None:
-        blame = not seen.echo.answered
+    drop, blame = seen.drop, not seen.echo.answered
+    if drop is None or not blame:  # what was dropped was a copy, flooded to other ports
         for where, why in seen.refusals:
             detail = f"it {why}, and the probe could not be traced: the lab needs a rule there"
             yield Hop(f"nft {where}", not blame, detail)

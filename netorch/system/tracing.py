@@ -64,19 +64,33 @@ class _Event(msgspec.Struct, frozen=True):
     target: str
 
 
+class Packets(msgspec.Struct, frozen=True):
+    """The packets between two addresses that are the probe's, and its answers, as nft writes it."""
+
+    request: str
+    answer: str
+
+
+PINGS = Packets("icmp type echo-request", "icmp type echo-reply")
+
+
 class Trace:
-    """Traces the pings between two IPv4 addresses while the block runs.
+    """Traces the probes between two IPv4 addresses while the block runs.
 
     Raises KernelError or MissingError where the machine can't trace.
     """
 
-    def __init__(self, lab: str, source: str, target: str) -> None:
+    def __init__(self, lab: str, source: str, target: str, packets: Packets) -> None:
         self._ends = (source, target)
         self._nft = Nft(handles=True)
         table = f"netorchtrace_{lab}_{os.urandom(4).hex()}"
-        self._nft.run(_table("inet", table, ("prerouting", "output"), source, target), "trace")
+        rules = (
+            f"ip saddr {source} ip daddr {target} {packets.request} meta nftrace set 1\n"
+            f"ip saddr {target} {packets.answer} meta nftrace set 1\n"
+        )
+        self._nft.run(_table("inet", table, ("prerouting", "output"), rules), "trace")
         with suppress(KernelError):  # a kernel without this family has no rules of it either
-            self._nft.run(_table("bridge", table, ("prerouting",), source, target), "trace")
+            self._nft.run(_table("bridge", table, ("prerouting",), rules), "trace")
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER
         )
@@ -125,7 +139,10 @@ class Trace:
 
     def _rule(self, event: _Event) -> str:
         command = f"list chain {event.family} {event.table} {event.chain}"
-        listing = self._nft.run(command, command)
+        try:
+            listing = self._nft.run(command, command)
+        except KernelError:  # the chain went meanwhile: what dropped the packet is known anyway
+            listing = ""
         line = re.search(rf"^\s*(.*) # handle {event.handle}$", listing, re.MULTILINE)
         return line[1] if line else f"handle {event.handle}"
 
@@ -153,11 +170,7 @@ def parse(body: memoryview) -> _Event:
     )
 
 
-def _table(family: str, name: str, hooks: tuple[str, ...], source: str, target: str) -> str:
-    rules = (
-        f"ip saddr {source} ip daddr {target} icmp type echo-request meta nftrace set 1\n"
-        f"ip saddr {target} icmp type echo-reply meta nftrace set 1\n"
-    )
+def _table(family: str, name: str, hooks: tuple[str, ...], rules: str) -> str:
     chains = "".join(
         f"chain {hook} {{\ntype filter hook {hook} priority {_FIRST}; policy accept\n{rules}}}\n"
         for hook in hooks

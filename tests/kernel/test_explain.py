@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from netorch.engine import Progress
 from netorch.errors import UsageError
 from netorch.state import State
 from netorch.system import namespaces
-from netorch.system.explain import Hop, explain, first_broken
+from netorch.system.explain import Echo, Hop, Packets, Probe, explain, first_broken
 from netorch.system.forwarding import _set_forwarding, interfaces
 from netorch.system.processes import end, leaders, marked
 from netorch.system.scope import Scope
@@ -310,6 +311,28 @@ def test_without_a_trace_the_refusing_chains_are_named(
         nft(base("ip", "forward", "drop"))
         hops = explain(scope, desired, "client", "server")
         assert broken(hops) == "nft chain forward of table ip foreign"
+
+
+def test_another_probe_than_a_ping_is_traced_as_well(tmp_path: Path) -> None:
+    with running(tmp_path) as (scope, desired):
+        nft(base("ip", "forward", "accept", "tcp dport 8000 drop"))
+
+        def connect(port: int) -> Echo:
+            with inside(scope, "client"):
+                client = socket.socket()
+            client.settimeout(1)
+            with client:
+                try:
+                    client.connect(("203.0.113.80", port))
+                except OSError as error:
+                    return Echo(True, isinstance(error, ConnectionRefusedError), str(error))
+            return Echo(True, True, "connected")
+
+        for port, expected in ((8000, "nft chain forward of table ip foreign"), (8001, "")):
+            packets = Packets(f"tcp dport {port}", f"tcp sport {port}")
+            probe = Probe(packets, lambda port=port: connect(port))  # type: ignore[misc]
+            assert broken(explain(scope, desired, "client", "server", probe)) == expected
+        assert broken(explain(scope, desired, "client", "server")) == ""
 
 
 def test_the_command_prints_the_hops(tmp_path: Path) -> None:
