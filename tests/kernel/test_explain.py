@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from netorch.system.explain import Echo, Hop, Packets, Probe, explain, first_bro
 from netorch.system.forwarding import _set_forwarding, interfaces
 from netorch.system.processes import end, leaders, marked
 from netorch.system.scope import Scope
+from netorch.system.tracing import PINGS, Trace
 from netorch.topology import parse
 from tests.isolation import inside, ip
 
@@ -226,10 +228,10 @@ def test_the_broken_hop_is_named(name: str, tmp_path: Path) -> None:
         hops = explain(scope, desired, "client", "server")
         assert broken(hops).startswith(expected), hops
         assert first_broken(hops).startswith(expected)
-        assert "netorchtrace" not in ip_tables()
+        assert "netorchtrace" not in nft_tables()
 
 
-def ip_tables() -> str:
+def nft_tables() -> str:
     return subprocess.run(["nft", "list", "tables"], capture_output=True, text=True).stdout
 
 
@@ -352,3 +354,20 @@ def test_the_command_prints_the_hops(tmp_path: Path) -> None:
         assert as_json.returncode == 1
         first = next(hop for hop in json.loads(as_json.stdout) if not hop["ok"])
         assert first["name"] == "veth client-0"
+
+
+def test_sigkill_in_the_middle_of_a_trace_leaves_no_table() -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with Trace("t", "10.0.0.1", "10.0.0.2", PINGS):
+            os.write(writing, b"there")
+            signal.pause()
+    os.close(writing)
+    try:
+        assert os.read(reading, 5) == b"there"
+        assert "netorchtrace_t_" in nft_tables()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert nft_tables() == ""
