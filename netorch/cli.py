@@ -174,6 +174,25 @@ def console(lab: str | None, guest: str) -> None:
 
 
 @cli.command()
+@click.option("--lab", help="The lab, where more than one runs.")
+@click.argument("source")
+@click.argument("target")
+@JSON
+def why(lab: str | None, source: str, target: str, as_json: bool) -> None:
+    """Say why a packet from SOURCE, a guest or host, does not reach TARGET: another one,
+    `gateway`, or an IPv4 address. Exit status 1: a hop on the way is broken.
+    """
+    from netorch import nodes, report
+
+    hops = nodes.why(nodes.find(lab, source), target)
+    if as_json:
+        report.json_out(report.hops_json(hops))
+    else:
+        report.hops_text(hops)
+    sys.exit(0 if all(hop.ok for hop in hops) else 1)
+
+
+@cli.command()
 def schema() -> None:
     """Print the JSON Schema of a topology file, for editors."""
     from netorch import report

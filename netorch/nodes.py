@@ -2,15 +2,19 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from netorch.errors import MissingError, UsageError
-from netorch.labs import Lab, find_all, topology_of
+from netorch.labs import Lab, find_all, status, topology_of
 from netorch.resources import Bridge, Veth
 from netorch.state import State
 from netorch.system import rundir
 from netorch.system.places import enter
+
+if TYPE_CHECKING:
+    from netorch.system.explain import Hop
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -68,6 +72,17 @@ def console(node: Node) -> int:
         enter(node.lab.place)
     directory = node.lab.run / "guests" / node.name
     return open_console(directory / "serial.sock", log=directory / "serial.log")
+
+
+def why(node: Node, target: str) -> "list[Hop]":
+    """The hops from a node to another one, "gateway" or an IPv4 address; see
+    `netorch.system.explain`.
+    """
+    from netorch.system.explain import explain
+
+    standing = status(node.lab)  # moves into the lab's place
+    assert standing.desired is not None, "find() read the record"
+    return explain(node.lab.scope, standing.desired, node.name, target)
 
 
 def _in_guest(node: Node, command: Sequence[str]) -> int:

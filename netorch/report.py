@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -14,6 +14,9 @@ from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Resource
 from netorch.system import leases, rundir
 from netorch.system.places import Place
+
+if TYPE_CHECKING:
+    from netorch.system.hops import Hop
 
 SIGNS: dict[type[Action], tuple[str, str]] = {
     Create: ("+", "green"),
@@ -181,6 +184,26 @@ def leases_table(held: Iterable[leases.Lease]) -> None:
         for lease in held
     ]
     table(("NETWORK", "NAME", "ADDRESS", "MAC", "EXPIRES"), rows)
+
+
+def hops_text(hops: "Sequence[Hop]") -> None:
+    """A line for each hop; the first broken one stands out, and is said again at the end."""
+    from netorch.system.hops import first_broken
+
+    broken = next((hop for hop in hops if not hop.ok), None)
+    rows = []
+    for hop in hops:
+        word, colour = ("ok", "green") if hop.ok else ("broken too", "yellow")
+        if hop is broken:
+            word, colour = "broken", "red"
+        rows.append((click.style(word, fg=colour), hop.name, hop.detail))
+    table(("STATE", "HOP", "WHAT"), rows)
+    click.echo(first_broken(hops))
+
+
+def hops_json(hops: "Sequence[Hop]") -> list[dict[str, Any]]:
+    """`[{"name", "ok", "detail"}]`, in the order in which a packet meets them."""
+    return [msgspec.to_builtins(hop) for hop in hops]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

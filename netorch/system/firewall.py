@@ -111,7 +111,13 @@ class Firewall:
 
 
 def foreign_drops() -> list[str]:
-    """Sentences that name other tables' chains which drop forwarded packets they don't know.
+    """Sentences that name other tables' chains which drop forwarded packets they don't know."""
+    return [f"{where} {why}: the lab's traffic needs a rule {at}" for where, why, at in refusals()]
+
+
+def refusals() -> list[tuple[str, str, str]]:
+    """Other tables' chains that drop forwarded packets they don't know: which, how, and where the
+    lab needs a rule in it.
 
     A lab's packets pass those chains too, and no rule of ours can help (docker and ufw have such a
     policy, firewalld such a last rule). Whether a rule before it lets the lab through, this can't
@@ -125,13 +131,13 @@ def foreign_drops() -> list[str]:
         for chain, policy in _FORWARD.findall(body):
             where = f"chain {chain} of table {family} {table}"
             if policy == "drop":
-                found.append(f"{where} has policy drop: the lab's traffic needs a rule in it")
+                found.append((where, "has policy drop", "in it"))
                 continue
             listing = nft.run(f"list chain {family} {table} {chain}", f"list {where}")
             rules = [line.strip() for line in listing.splitlines() if line.startswith("\t\t")]
             if _REFUSAL.fullmatch(rules[-1]):
                 last = rules[-1].removeprefix("counter ")
-                found.append(f"{where} ends with `{last}`: the lab's traffic needs a rule before")
+                found.append((where, f"ends with `{last}`", "before"))
     return found
 
 

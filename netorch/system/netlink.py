@@ -82,6 +82,17 @@ class Netlink:
                 return bodies
         raise KernelError("failed to list links: they change all the time", errno.EAGAIN)
 
+    def get(self, kind: int, body: bytes) -> memoryview:
+        """The body of the one answer to a request. Raises KernelError with the kernel's reason."""
+        self._sequence += 1
+        header = HEADER.pack(HEADER.size + len(body), kind, REQUEST, self._sequence, 0)
+        self._socket.send(header + body)
+        _, answer, flags, data = next(self._answers({self._sequence}))
+        if answer == _ERROR:
+            code = -struct.unpack_from("=i", data)[0]
+            raise KernelError(_reason(code, flags, data), code)
+        return data
+
     def _send_chunk(self, chunk: range, groups: Sequence[Group], outcomes: Outcomes) -> None:
         owners: dict[int, int] = {}
         data = bytearray()

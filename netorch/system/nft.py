@@ -25,7 +25,8 @@ _HINTS = {
 class Nft:
     """A libnftables context. Raises MissingError where the library isn't installed."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, handles: bool = False) -> None:
+        """`handles`: listings show the rules' handles."""
         try:
             self._library = ctypes.CDLL(_LIBRARY)
         except OSError as error:
@@ -37,6 +38,7 @@ class Nft:
 
         self._context = nftables.Nftables()
         self._context.set_stateless_output(True)
+        self._context.set_handle_output(handles)
 
     def run(self, script: str, what: str) -> str:
         """Carry out a script, all or nothing, and return what it prints.

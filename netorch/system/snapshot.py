@@ -22,6 +22,7 @@ _GETLINK, _GETADDR, _GETROUTE = 18, 22, 26
 _SKIP_STATISTICS = _ATTRIBUTE.pack(8, 29) + struct.pack(
     "=I", 8
 )  # IFLA_EXT_MASK = RTEXT_FILTER_SKIP_STATS
+_UP, _RUNNING = 0x1, 0x40  # IFF_
 _PERMANENT = 0x80
 _LOCAL_TABLE = 255
 
@@ -33,10 +34,12 @@ class Link(msgspec.Struct, kw_only=True):
     mac: str = ""
     mtu: int = 0
     up: bool = False
+    running: bool = False  # up, and with a carrier
     group: int = 0
     master: int = 0
     kind: str = ""
     data: bytes = b""  # IFLA_INFO_DATA, as the link's kind defines it
+    port: bytes = b""  # IFLA_INFO_SLAVE_DATA, as its master's kind defines it
     peer: int = 0  # IFLA_LINK: of a veth, the index of the other end
     forwarding: bool | None = None  # IPv4's, for this interface; None: not known
     ipv6: int | None = None  # addr_gen_mode; None: no IPv6 on this link
@@ -44,7 +47,13 @@ class Link(msgspec.Struct, kw_only=True):
     @property
     def info(self) -> dict[int, int]:
         """The numbers in `data` by attribute."""
-        return {kind: _number(value) for kind, value in _attributes(memoryview(self.data))}
+        return {kind: _number(value) for kind, value in attributes(memoryview(self.data))}
+
+    @property
+    def port_state(self) -> int | None:
+        """Of a bridge port: BR_STATE_DISABLED (0) .. FORWARDING (3) .. BLOCKING (4)."""
+        state = dict(attributes(memoryview(self.port))).get(1)  # IFLA_BRPORT_STATE
+        return None if state is None else state[0]
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,17 +104,17 @@ def addresses(netlink: Netlink) -> Iterator[Address]:
 def routes(netlink: Netlink) -> Iterator[Route]:
     """The IPv4 routes of all tables but the one of the machine's own addresses."""
     for body in netlink.dump(_GETROUTE, _ROUTE.pack(socket.AF_INET, *[0] * 7, 0)):
-        route = _parse_route(body)
+        route = parse_route(body)
         if route.table != _LOCAL_TABLE:
             yield route
 
 
 def parse_link(body: memoryview) -> Link:
     _, _, index, flags, _ = _LINK.unpack_from(body)
-    link = Link(index=index, up=bool(flags & 1))
+    link = Link(index=index, up=bool(flags & _UP), running=bool(flags & _RUNNING))
     at, end = _LINK.size, len(body)
     unpack, parsers = _ATTRIBUTE.unpack_from, _LINK_ATTRIBUTES
-    while at < end:  # _attributes, unrolled: this loop is what a dump of a thousand links costs
+    while at < end:  # attributes, unrolled: this loop is what a dump of a thousand links costs
         length, kind = unpack(body, at)
         if kind in parsers:
             parsers[kind](link, body[at + 4 : at + length])
@@ -114,16 +123,18 @@ def parse_link(body: memoryview) -> Link:
 
 
 def _parse_info(link: Link, value: memoryview) -> None:
-    for kind, inner in _attributes(value):
+    for kind, inner in attributes(value):
         if kind == 1:
             link.kind = _text(inner)
         elif kind == 2:
             link.data = bytes(inner)
+        elif kind == 5:
+            link.port = bytes(inner)
 
 
 def _parse_families(link: Link, value: memoryview) -> None:
-    for family, inner in _attributes(value):
-        for kind, setting in _attributes(inner):
+    for family, inner in attributes(value):
+        for kind, setting in attributes(inner):
             if family == socket.AF_INET and kind == 1:
                 link.forwarding = any(setting[:4])  # the first of ipv4_devconf
             elif family == socket.AF_INET6 and kind == 8:
@@ -157,9 +168,9 @@ _LINK_ATTRIBUTES = {
 
 def _parse_address(body: memoryview) -> Address:
     _, length, flags, _, index = _ADDRESS.unpack_from(body)
-    attributes = dict(_attributes(body[_ADDRESS.size :]))
-    peer = attributes[1]
-    local = attributes.get(2, peer)
+    values = dict(attributes(body[_ADDRESS.size :]))
+    peer = values[1]
+    local = values.get(2, peer)
     return Address(
         index=index,
         text=f"{socket.inet_ntoa(local)}/{length}",
@@ -168,19 +179,19 @@ def _parse_address(body: memoryview) -> Address:
     )
 
 
-def _parse_route(body: memoryview) -> Route:
+def parse_route(body: memoryview) -> Route:
     _, length, _, _, table, protocol, _, _, _ = _ROUTE.unpack_from(body)
-    attributes = dict(_attributes(body[_ROUTE.size :]))
-    hops = tuple(_hops(attributes[9])) if 9 in attributes else ()
-    if 4 in attributes:
-        hops += (_number(attributes[4]),)
+    values = dict(attributes(body[_ROUTE.size :]))
+    hops = tuple(_hops(values[9])) if 9 in values else ()
+    if 4 in values:
+        hops += (_number(values[4]),)
     return Route(
-        prefix=_prefix(attributes.get(1, memoryview(bytes(4))), length),
+        prefix=_prefix(values.get(1, memoryview(bytes(4))), length),
         links=hops,
-        gateway=socket.inet_ntoa(attributes[5]) if 5 in attributes else "",
+        gateway=socket.inet_ntoa(values[5]) if 5 in values else "",
         protocol=protocol,
-        table=_number(attributes[15]) if 15 in attributes else table,
-        metric=_number(attributes[6]) if 6 in attributes else 0,
+        table=_number(values[15]) if 15 in values else table,
+        metric=_number(values[6]) if 6 in values else 0,
     )
 
 
@@ -193,7 +204,8 @@ def _hops(value: memoryview) -> Iterator[int]:
         at += max(length + 3 & ~3, 8)
 
 
-def _attributes(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+def attributes(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The attributes of a netlink message (kind, value), or of a nested one."""
     at, end = 0, len(data)
     while at + 4 <= end:
         length, kind = _ATTRIBUTE.unpack_from(data, at)
