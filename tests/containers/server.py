@@ -33,6 +33,7 @@ from netorch.system import namespaces as ns
 NEWCGROUP = 0x02000000
 CGROUP = Path("/sys/fs/cgroup")
 USER = "netorch-containers"
+_SECONDS = 300  # for one command
 _KINDS = ns.NEWNS | ns.NEWPID | ns.NEWNET | NEWCGROUP
 
 
@@ -89,18 +90,22 @@ def serve(scratch: Path, run_as: int, environment: dict[str, str]) -> None:
     for line in sys.stdin:
         # Into a file: conmon keeps a pipe open for as long as its container runs.
         with (scratch / "output").open("w+") as output:
-            done = subprocess.run(
+            started = subprocess.Popen(
                 json.loads(line),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 cwd=scratch,
-                check=False,
                 **identity,
             )
+            try:
+                status = started.wait(_SECONDS)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                status = started.wait()
             output.seek(0)
-            answer(status=done.returncode, output=output.read())
+            answer(status=status, output=output.read())
 
 
 def _own_namespaces(uid: int, gid: int) -> None:
