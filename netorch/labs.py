@@ -130,7 +130,7 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
         place = _find(topology, choice)
         made = place is None
         if place is None:
-            place = create_private(name, run, topology.lab.uplink, _uplink_subnet(topology))
+            place = _create_private(topology, run)
         lab = _lab(name, place)
         try:
             if place.private:
@@ -288,6 +288,16 @@ def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
             )
         return None
     return Place(lab=name, private=False, inode=current_place())
+
+
+def _create_private(topology: Topology, run: Path) -> Place:
+    name = topology.name
+    try:
+        return create_private(name, run, topology.lab.uplink, _uplink_subnet(topology))
+    except BaseException:
+        if rundir.recorded(run) is None:
+            rundir.remove(_lab(name, Place(lab=name, private=True, inode=0, run=str(run))).scope)
+        raise
 
 
 def _refuse_a_twin(lab: Lab) -> None:

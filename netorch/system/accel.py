@@ -9,6 +9,7 @@ that it is true for.
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 from netorch.system.namespaces import send_signal, wait_exit
@@ -44,10 +45,11 @@ def accelerator() -> str:
     if known_boot == boot and known in ("kvm", "tcg"):
         return known
     answer = "kvm" if _guest_runs() else "tcg"
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    new = memory.with_suffix(f".{os.getpid()}")
-    new.write_text(f"{boot} {answer}")
-    new.rename(memory)
+    with suppress(OSError):  # a cache that can't be written, as in containers: it saves time
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        new = memory.with_suffix(f".{os.getpid()}")
+        new.write_text(f"{boot} {answer}")
+        new.rename(memory)
     return answer
 
 

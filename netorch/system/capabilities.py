@@ -1,15 +1,24 @@
-"""Capabilities of a process that is about to execute another program."""
+"""Capabilities: which this process has, and which a program that it executes will have."""
 
 import ctypes
 import os
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 # <linux/capability.h>
 NET_BIND_SERVICE = 10
 NET_ADMIN = 12
 NET_RAW = 13
+SETFCAP = 31
 _SETPCAP = 8
+_NAMES = {
+    NET_BIND_SERVICE: "NET_BIND_SERVICE",
+    NET_ADMIN: "NET_ADMIN",
+    NET_RAW: "NET_RAW",
+    SETFCAP: "SETFCAP",
+}
+_FIRST_FREE_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _VERSION_3 = 0x20080522
 
 # <linux/prctl.h>
@@ -20,6 +29,21 @@ _PR_CAP_AMBIENT_RAISE = 2
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def missing(*capabilities: int, port: int = 0) -> list[str]:
+    """Names of those of `capabilities` that this process lacks: containers have a choice of them.
+
+    NET_BIND_SERVICE isn't missing where anyone may bind `port`, as in Docker's containers.
+    """
+    header = ctypes.create_string_buffer(struct.pack("=Ii", _VERSION_3, 0))
+    sets = ctypes.create_string_buffer(24)
+    _check(_libc.capget(header, sets))
+    low, high = struct.unpack("=I8xI8x", sets.raw)
+    effective = low | high << 32
+    if port and port >= int(_FIRST_FREE_PORT.read_text()):
+        effective |= 1 << NET_BIND_SERVICE
+    return [_NAMES[number] for number in capabilities if not effective >> number & 1]
 
 
 def confine(capabilities: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ import msgspec
 
 from netorch.errors import MissingError, NetorchError
 from netorch.system import namespaces, uplinks
+from netorch.system.capabilities import SETFCAP, missing
 from netorch.system.namespaces import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_REC, MS_SLAVE
 from netorch.system.places import Place, Uplink
 from netorch.system.scope import current_place
@@ -179,13 +180,20 @@ def _hint(step: str, number: int) -> str:
         return "no more user namespaces are allowed: raise `sysctl user.max_user_namespaces`"
     if step == "namespaces" and number in (errno.ENOSPC, errno.EUSERS):
         return "raise `sysctl user.max_net_namespaces`, max_mnt_namespaces or max_pid_namespaces"
-    if step == "user namespace" and number in (errno.EINVAL, errno.ENOSYS):
+    without = number == errno.EINVAL or not os.path.exists("/proc/self/ns/user")
+    if step == "user namespace" and without:
         return "this kernel has no user namespaces (CONFIG_USER_NS): run netorch as root"
-    if step == "user namespace" and refused:
+    # Podman's profile says ENOSYS where Docker's says EPERM.
+    if step == "user namespace" and (refused or number == errno.ENOSYS):
         return (
-            "user namespaces are forbidden here: in a container by its seccomp profile (give it "
-            "NET_ADMIN, or seccomp=unconfined), on a host by "
+            "user namespaces are forbidden here: in a container by its seccomp profile (start it "
+            "with `--cap-add NET_ADMIN` or `--security-opt seccomp=unconfined`), on a host by "
             "`sysctl kernel.unprivileged_userns_clone=0`"
+        )
+    if step == "id map" and refused and os.geteuid() == 0 and missing(SETFCAP):
+        return (
+            "root needs CAP_SETFCAP to map its id (since Linux 5.12): start the container with "
+            "`--cap-add SETFCAP`, or run netorch as another user"
         )
     if refused and _APPARMOR.exists() and _APPARMOR.read_text().strip() != "0":
         return (
@@ -194,7 +202,11 @@ def _hint(step: str, number: int) -> str:
             "or an AppArmor profile for netorch"
         )
     if refused:
-        return "a security module or a container's seccomp profile forbids it: run netorch as root"
+        return (
+            "a security module or a container's seccomp profile forbids it: on a host, run netorch "
+            "as root; start a container with `--cap-add NET_ADMIN`, or with `--security-opt "
+            "seccomp=unconfined --security-opt apparmor=unconfined`"
+        )
     return ""
 
 

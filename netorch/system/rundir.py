@@ -6,6 +6,7 @@ path still leads to the directory that was locked, since the one before may have
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -38,9 +39,11 @@ def locked(run: Path) -> Iterator[Path]:
         except FileNotFoundError:
             continue  # the one before us removed it between two of these lines
         except OSError as error:
+            hint = "set NETORCH_RUN_DIR to a directory of your own"
+            if error.errno == errno.EROFS:
+                hint = f"start the container with `--tmpfs /run --tmpfs /var/lib`, or {hint}"
             raise MissingError(
-                f"failed to make the run directory {run}: {error.strerror}",
-                "set NETORCH_RUN_DIR to a directory of your own",
+                f"failed to make the run directory {run}: {error.strerror}", hint
             ) from error
         try:
             if os.fstat(descriptor).st_uid != os.geteuid():

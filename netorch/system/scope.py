@@ -76,7 +76,7 @@ def run_base() -> Path:
     """
     if chosen := os.environ.get("NETORCH_RUN_DIR"):
         return Path(chosen).absolute()
-    if _is_root():
+    if _is_roots(Path("/run")):
         return Path("/run/netorch")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK):
@@ -92,12 +92,14 @@ def disks_base() -> Path:
     """
     if chosen := os.environ.get("NETORCH_DISK_DIR"):
         return Path(chosen).absolute()
-    if _is_root():
+    if _is_roots(Path("/var/lib")):
         return Path("/var/lib/netorch")
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(state, "netorch")
 
 
-def _is_root() -> bool:
-    """Root of the machine or a container, not someone who plays root in a user namespace."""
-    return os.geteuid() == 0 and os.access("/run", os.W_OK) and os.access("/var/lib", os.W_OK)
+def _is_roots(directory: Path) -> bool:
+    """Whether this is root, and may write there: someone who plays root in a user namespace may
+    not, nor root of a container that is read-only in parts.
+    """
+    return os.geteuid() == 0 and os.access(directory, os.W_OK)

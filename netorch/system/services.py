@@ -23,7 +23,7 @@ import msgspec
 from netorch.errors import KernelError, MissingError, NetorchError
 from netorch.planner import Update
 from netorch.resources import DhcpClient, Dnsmasq, Resource
-from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW
+from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW, missing
 from netorch.system.namespaces import send_signal
 from netorch.system.processes import Child, end, leaders, marked, program, start
 from netorch.system.scope import Scope
@@ -31,6 +31,7 @@ from netorch.system.scope import Scope
 # dnsmasq 2.90 needs these three even as root (src/dnsmasq.c), and no other if it stays root; udhcpc
 # as well.
 _CAPABILITIES = (NET_ADMIN, NET_BIND_SERVICE, NET_RAW)
+_DNS = 53  # the lowest port of dnsmasq's
 _INSTALL_DNSMASQ = "install dnsmasq-base (Fedora, Arch, Alpine: dnsmasq)"
 _INSTALL_BUSYBOX = "install busybox (with its applet udhcpc)"
 _UDHCPC_SCRIPT = Path(__file__).with_name("udhcpc.sh")
@@ -65,7 +66,7 @@ class Dnsmasqs:
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         if wanted and program("dnsmasq") is None:
             return [f"dnsmasq is not installed: {_INSTALL_DNSMASQ}"]
-        return []
+        return _not_given("dnsmasq", missing(NET_BIND_SERVICE, port=_DNS)) if wanted else []
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         dnsmasq = program("dnsmasq")
@@ -157,7 +158,7 @@ class DhcpClients:
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         if wanted and program("busybox") is None:
             return [f"busybox is not installed, a host's DHCP client: {_INSTALL_BUSYBOX}"]
-        return []
+        return _not_given("a host's DHCP client", missing(NET_RAW)) if wanted else []
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         busybox = program("busybox")
@@ -208,6 +209,14 @@ def note_start(scope: Scope, keys: Iterable[str]) -> None:
         # One write at the end of the file: dnsmasq's own lines, which it appends too, stay whole.
         with path.open("ab", buffering=0) as log:
             log.write(text)
+
+
+def _not_given(program: str, capabilities: Sequence[str]) -> list[str]:
+    return [
+        f"{program} can't run here: that needs CAP_{name} "
+        f"(in a container, start it with `--cap-add {name}`; or use --private)"
+        for name in capabilities
+    ]
 
 
 def _refusal(resource: Dnsmasq, child: Child) -> NetorchError:

@@ -32,6 +32,7 @@ from netorch.system.processes import program
 INTERFACE = "uplink0"
 _PROGRAMS = ("pasta", "slirp4netns")
 _MTU = "1500"
+_TUN = "/dev/net/tun"
 _RESOLV_CONF = Path("/etc/resolv.conf")
 _REFUSED = 3  # the starter's exit status: the program did not start; any other failure is ours
 
@@ -65,7 +66,7 @@ class Inside(NamedTuple):
 def choose(uplink: str) -> str:
     """What `start` would take, judged by what is installed."""
     candidates = _PROGRAMS if uplink == "auto" else (uplink,)
-    return next((name for name in candidates if program(name)), "none")
+    return next((name for name in candidates if program(name) and not _obstacle()), "none")
 
 
 def start(place: Inside, uplink: str, leash: int) -> tuple[str, str]:
@@ -76,6 +77,8 @@ def start(place: Inside, uplink: str, leash: int) -> tuple[str, str]:
     """
     if uplink == "none":
         return "none", "none was asked for"
+    if obstacle := _obstacle():
+        return _none(uplink, [obstacle])
     reasons = []
     for name in _PROGRAMS if uplink == "auto" else (uplink,):
         path = program(name)
@@ -83,11 +86,27 @@ def start(place: Inside, uplink: str, leash: int) -> tuple[str, str]:
         if not reason:
             return name, ""
         reasons.append(reason)
+    return _none(uplink, reasons)
+
+
+def _none(uplink: str, reasons: list[str]) -> tuple[str, str]:
     if uplink == "auto":
         return "none", "; ".join(reasons)
     raise MissingError(
         f"failed to start the uplink: {reasons[0]}", "set `uplink` in [lab] to another, or none"
     )
+
+
+def _obstacle() -> str:
+    """Why no program can work in this network namespace; empty if one may."""
+    try:
+        os.close(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"{_TUN} can't be opened: {error.strerror} (in a container: `--device {_TUN}`)"
+    with open("/proc/self/net/route") as routes:  # IPv4, the first line a heading
+        if sum(1 for _line in routes) < 2:
+            return "the network namespace that netorch runs in has no routes itself"
+    return ""
 
 
 def _try(place: Inside, name: str, path: str, leash: int) -> str:
@@ -108,8 +127,10 @@ def _try(place: Inside, name: str, path: str, leash: int) -> str:
 def _cause(log: Path) -> str:
     """The last line that the program wrote about itself."""
     lines = log.read_text(errors="replace").splitlines()
-    # pasta 2023-03 complains about each line that it can't send to a syslog.
-    said = [line for line in lines if line.strip() and not line.startswith("Failed to send ")]
+    # pasta 2023-03 complains about each line that it can't send to a syslog; slirp4netns 1.2 warns
+    # about its own seccomp filter.
+    noise = ("Failed to send ", "WARNING: Support for seccomp")
+    said = [line for line in lines if line.strip() and not line.startswith(noise)]
     return said[-1].strip() if said else "it ended without a word"
 
 

@@ -278,6 +278,27 @@ def test_without_a_program_there_is_no_uplink_and_a_reason(monkeypatch: pytest.M
 
 
 @on_a_machine
+def test_without_any_route_there_is_no_uplink_and_a_reason() -> None:
+    run("ip", "link", "set", "wan", "down")
+    assert uplinks.choose("auto") == "none"
+    place = make(uplink="auto")
+    reason = "the network namespace that netorch runs in has no routes itself"
+    assert (place.uplink, place.reason) == ("none", reason)
+    places.destroy(place)
+    assert left_over() == []
+
+
+@on_a_machine
+def test_without_a_tun_device_there_is_no_uplink_and_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(uplinks, "_TUN", "/dev/net/none")
+    with pytest.raises(MissingError, match="/dev/net/none can't be opened: No such file"):
+        make(uplink="pasta")
+    assert left_over() == []
+
+
+@on_a_machine
 def test_pasta_without_a_route_is_a_reason() -> None:
     needs("pasta")
     run("ip", "route", "del", "default")
@@ -405,6 +426,7 @@ def test_two_threads_cannot_enter_and_are_told() -> None:
     [
         ("user namespace", errno.ENOSPC, "max_user_namespaces"),
         ("user namespace", errno.EPERM, "seccomp"),
+        ("user namespace", errno.ENOSYS, "seccomp"),
         ("user namespace", errno.EINVAL, "CONFIG_USER_NS"),
         ("namespaces", errno.ENOSPC, "max_net_namespaces"),
         ("id map", errno.EPERM, "apparmor_restrict_unprivileged_userns"),
@@ -419,6 +441,12 @@ def test_hints_follow_from_what_failed(
     sysctl.write_text("1\n")
     monkeypatch.setattr(place_birth, "_APPARMOR", sysctl)
     assert hint in place_birth._hint(step, number)
+
+
+def test_root_without_setfcap_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(place_birth, "missing", lambda number: ["SETFCAP"])
+    assert "--cap-add SETFCAP" in place_birth._hint("id map", errno.EPERM)
 
 
 @on_a_machine

@@ -277,3 +277,12 @@ def test_the_accelerator_is_tried_once_a_boot(
     (tmp_path / "netorch" / "accel").write_text(f"another-boot {first}")
     monkeypatch.setattr(accel, "_guest_runs", lambda: True)
     assert accel.accelerator() == "kvm"
+
+
+def test_a_cache_that_can_not_be_written_forgets_the_accelerator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    monkeypatch.setattr(accel, "_KVM", "/dev/null")
+    monkeypatch.setattr(accel, "_guest_runs", lambda: True)
+    assert accel.accelerator() == "kvm"
