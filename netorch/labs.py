@@ -6,7 +6,7 @@ apply fails that made it, destroyed after everything else: it is the one thing t
 from inside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from netorch.model import Topology
 from netorch.planner import Plan, diff
 from netorch.resources import Record, Resource, Ruleset
 from netorch.state import EMPTY, State
-from netorch.system import System, rundir
+from netorch.system import Adapter, System, rundir
 from netorch.system.places import (
     Place,
     create_private,
@@ -90,8 +90,14 @@ class Standing(msgspec.Struct, frozen=True):
         return self.desired is not None and not diff(self.desired, self.observed)
 
 
-def machine(scope: Scope, report: Callable[[str], None] = lambda line: None) -> System:
-    """The adapters of all resources, over the namespaces that this process is in."""
+def machine(
+    scope: Scope,
+    report: Callable[[str], None] = lambda line: None,
+    only: Set[type[Resource]] | None = None,
+) -> System:
+    """The adapters of all resources, or of `only` these, over the namespaces that this process is
+    in.
+    """
     from netorch.system.disks import Overlays
     from netorch.system.firewall import Firewall
     from netorch.system.guests import Guests
@@ -99,18 +105,19 @@ def machine(scope: Scope, report: Callable[[str], None] = lambda line: None) -> 
     from netorch.system.links import Links
     from netorch.system.services import DhcpClients, Dnsmasqs
 
-    return System(
-        [
-            rundir.Records(scope),
-            Hosts(scope),
-            Links(scope),
-            Firewall(scope),
-            Dnsmasqs(scope),
-            DhcpClients(scope),
-            Overlays(scope),
-            Guests(scope, report),
-        ]
-    )
+    adapters: list[Adapter] = [
+        rundir.Records(scope),
+        Hosts(scope),
+        Links(scope),
+        Firewall(scope),
+        Dnsmasqs(scope),
+        DhcpClients(scope),
+        Overlays(scope),
+        Guests(scope, report),
+    ]
+    if only is not None:
+        adapters = [adapter for adapter in adapters if not only.isdisjoint(adapter.kinds)]
+    return System(adapters)
 
 
 def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progress) -> Outcome:
@@ -122,15 +129,12 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
     """
     name = topology.name
     run = run_base() / name
-    if any(guest.image == "tiny" for guest in topology.guests.values()):
-        from netorch.system.tiny import tiny_image
-
-        tiny_image(progress.waiting)  # here: a place without a way out can't download its parts
+    prepare(topology, progress)
     with rundir.locked(run):
         place = _find(topology, choice)
         made = place is None
         if place is None:
-            place = create_private(name, run, topology.lab.uplink, _uplink_subnet(topology))
+            place = create_private(name, run, topology.lab.uplink, uplink_subnet(topology))
         lab = Lab(name, place, run, disks_base() / name)
         try:
             if place.private:
@@ -147,6 +151,27 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
                 rundir.remove(lab.scope)
             raise
         return Outcome(name, place, plan)
+
+
+def prepare(topology: Topology, progress: Progress) -> None:
+    """What has to be done before moving into a place without a way out, which can't download."""
+    if any(guest.image == "tiny" for guest in topology.guests.values()):
+        from netorch.system.tiny import tiny_image
+
+        tiny_image(progress.waiting)
+
+
+def apply_inside(
+    lab: Lab, topology: Topology, source: str, progress: Progress, *, fresh: bool = False
+) -> Plan:
+    """As `apply`, in a process that is in the lab's place and has its lock. What fails leaves the
+    place to the caller.
+
+    `fresh`: this process has just made the place, for this lab alone. So nothing is looked for
+    there but what was asked for.
+    """
+    _note_place(lab)
+    return _apply_here(lab, topology, source, progress, fresh)
 
 
 def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
@@ -173,6 +198,11 @@ def status(lab: Lab) -> Standing:
     """Compare the lab with the topology that was last applied. Moves into the lab's place."""
     if lab.place.private:
         enter(lab.place)
+    return status_inside(lab)
+
+
+def status_inside(lab: Lab) -> Standing:
+    """As `status`, in a process that is in the lab's place."""
     observed = machine(lab.scope).observe()
     record = rundir.recorded(lab.run)
     if record is None:
@@ -249,7 +279,9 @@ def topology_of(record: Record) -> Topology:
     return msgspec.json.decode(record.text, type=Topology)
 
 
-def _apply_here(lab: Lab, topology: Topology, source: str, progress: Progress) -> Plan:
+def _apply_here(
+    lab: Lab, topology: Topology, source: str, progress: Progress, fresh: bool = False
+) -> Plan:
     desired = _desired(lab, topology, source)
 
     def ready(plan: Plan) -> None:
@@ -261,7 +293,9 @@ def _apply_here(lab: Lab, topology: Topology, source: str, progress: Progress) -
                 progress.warn(drop)
         wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
 
-    return engine.apply(machine(lab.scope, progress.waiting), desired, progress, ready)
+    only = {type(resource) for resource in desired} if fresh else None
+    adapters = machine(lab.scope, progress.waiting, only)
+    return engine.apply(adapters, desired, progress, ready, EMPTY if fresh else None)
 
 
 def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
@@ -300,6 +334,11 @@ def _refuse_a_twin(lab: Lab) -> None:
             f"another lab {lab.name} runs in another network namespace (net:[{other}])",
             "give one of them another name ([lab] name), or set NETORCH_RUN_DIR",
         )
+    _note_place(lab)
+
+
+def _note_place(lab: Lab) -> None:
+    here = lab.place.inode
     rundir.write(lab.run / _PLACE, f"{here} private" if lab.place.private else str(here))
 
 
@@ -352,13 +391,13 @@ def _fresh_facts(topology: Topology) -> Facts:
 
     has_uplink = choose(topology.lab.uplink) != "none"
     facts = Facts(
-        taken=(_uplink_subnet(topology),) if has_uplink else (),
+        taken=(uplink_subnet(topology),) if has_uplink else (),
         uplinks=(Uplink(name="uplink0", mtu=1500),) if has_uplink else (),
     )
     return _with_names(facts, topology)
 
 
-def _uplink_subnet(topology: Topology) -> str:
+def uplink_subnet(topology: Topology) -> str:
     """The subnet of a private place's uplink: QEMU's and slirp4netns's 10.0.2.0/24, unless the file
     has it.
     """

@@ -127,6 +127,13 @@ def default_route(kind: int, index: int, gateway: str) -> bytearray:
     return _encode("route", kind, CREATE | APPEND if kind == NEWROUTE else 0, fields, attrs)
 
 
+def warm() -> None:
+    """Import and build all that the first message would: for processes that others are forked
+    from.
+    """
+    _classes()
+
+
 def _attribute(kind: int, value: bytes) -> bytes:
     length = 4 + len(value)
     return struct.pack("=HH", length, kind) + value + bytes(-length % 4)

@@ -23,9 +23,11 @@ _HINTS = {
 
 
 class Nft:
-    """A libnftables context. Raises MissingError where the library isn't installed."""
+    """A libnftables context; with `counters` listings show their values. Raises MissingError where
+    the library isn't installed.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, counters: bool = False) -> None:
         try:
             self._library = ctypes.CDLL(_LIBRARY)
         except OSError as error:
@@ -36,7 +38,7 @@ class Nft:
         import nftables
 
         self._context = nftables.Nftables()
-        self._context.set_stateless_output(True)
+        self._context.set_stateless_output(not counters)
 
     def run(self, script: str, what: str) -> str:
         """Carry out a script, all or nothing, and return what it prints.
