@@ -1,28 +1,9 @@
-"""The agents of netorch.Lab: processes that live in the labs, so that no caller has to.
-
-Entering a private place can't be undone, and needs a process with a single thread. A test process
-must not enter, and often has threads. So it starts, once, a starter: this module in a process of
-its own, single-threaded, with everything imported that a lab may need.
-
-    caller ──▶ starter ──fork──▶ agent of lab 1   (in the lab's place)
-       │                └─fork──▶ agent of lab 2
-       └──────── a socket pair to each agent ─────▶
-
-An agent costs a fork. It makes its lab, then serves its caller's requests (wire.py) one at a time,
-and meanwhile waits for the commands that it started, each of which has a pipe that its exit status
-goes to. When its socket closes, or its starter asks (SIGTERM), it takes the lab down and ends.
-
-The starter does nothing but wait: for requests, for the end of its agents and for that of the
-caller, on a pidfd, since others may hold copies of the caller's sockets. When the caller is gone it
-ends all agents. What an agent that was killed has left, it takes down by the marks. So of these
-processes any can be killed, the caller included, and the labs end.
-"""
+"""The agent of one netorch.Lab, in the lab's place; see netorch.agents."""
 
 import os
 import select
 import signal
 import socket
-import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,7 +16,7 @@ import msgspec
 from netorch import labs, nodes, picture, wire
 from netorch.engine import Progress
 from netorch.errors import ConflictError, MissingError, NetorchError, ReadyError, UsageError
-from netorch.resources import Veth
+from netorch.surroundings import uplink_subnet
 from netorch.system import rundir
 from netorch.system.owned_place import OwnedPlace
 from netorch.system.places import (
@@ -50,8 +31,7 @@ from netorch.system.scope import current_place, disks_base, run_base
 
 Answer = tuple[Any, tuple[int, ...]]  # a value, and descriptors to go with it
 
-_request = msgspec.json.Decoder(wire.AnyRequest)
-_GRACE = 20.0  # seconds that agents have to take their labs down once the caller is gone
+request_decoder = msgspec.json.Decoder(wire.AnyRequest)
 
 
 class _Command(NamedTuple):
@@ -77,20 +57,21 @@ class Agent:
                 "make it a private one",
             )
         labs.prepare(start.topology, Progress())
-        with rundir.locked(run):
-            place = Place(lab=start.lab, private=False, inode=0)
-            try:
+        place = Place(lab=start.lab, private=False, inode=0)
+        try:
+            with rundir.locked(run):
                 place = self._place(start, run)
                 self.lab = labs.Lab(start.lab, place, run, disks_base() / start.lab)
                 fresh = self._owned is not None
                 labs.apply_inside(self.lab, start.topology, start.source, Progress(), fresh=fresh)
-            except BaseException as error:
-                if isinstance(error, ReadyError):
-                    with suppress(NetorchError):
-                        error.add_note(_text(self.sections()))
-                self.lab = labs.Lab(start.lab, place, run, disks_base() / start.lab)
-                self.end()
-                raise
+        except BaseException as error:
+            if isinstance(error, ReadyError):
+                with suppress(NetorchError):
+                    error.add_note(_text(self.sections()))
+            self.lab = labs.Lab(start.lab, place, run, disks_base() / start.lab)
+            self._keep = False
+            self.end()
+            raise
         self.topology = start.topology
 
     def _place(self, start: wire.Start, run: Path) -> Place:
@@ -99,7 +80,7 @@ class Agent:
         if start.uplink == "none" and not start.keep:
             self._owned = OwnedPlace(start.lab, run)
             return self._owned.place
-        subnet = labs.uplink_subnet(start.topology)
+        subnet = uplink_subnet(start.topology)
         place = create_private(start.lab, run, start.uplink, subnet)
         enter(place)
         return place
@@ -115,7 +96,7 @@ class Agent:
                     self._ended(fd)
                     continue
                 text, fds = wire.receive(channel)
-                request = _request.decode(text) if text else wire.End()
+                request = request_decoder.decode(text) if text else wire.End()
                 if isinstance(request, wire.End):
                     return
                 known = set(self._commands)
@@ -240,15 +221,19 @@ class Agent:
             ) from error
 
     def _wire(self, request: wire.Wire) -> None:
-        from netorch.planner import Update
-        from netorch.system.links import Links
+        """The bridge's end goes down, so that the host's loses its carrier and nothing else."""
+        from netorch.system import messages
+        from netorch.system.netlink import Netlink
+        from netorch.system.snapshot import links
 
-        links = Links(self.lab.scope)
-        for veth in links.observe():
-            if isinstance(veth, Veth) and veth.id == request.id:
-                change = Update(veth, msgspec.structs.replace(veth, up=request.up))
-                links.update([change], lambda resource: None)
-                return
+        alias = self.lab.scope.alias(f"veth:{request.id}")
+        with Netlink() as netlink:
+            for link in links(netlink):
+                if link.alias == alias:
+                    change = messages.link(link.index, attributes=(messages.up(request.up),))
+                    if error := netlink.send([[change]])[0]:
+                        raise error
+                    return
         raise UsageError(f"lab {self.lab.name} has no link {request.id}")
 
 
@@ -268,7 +253,7 @@ def _answered(work: Callable[[], Answer]) -> tuple[wire.Reply, tuple[int, ...]]:
     return wire.Reply(value), fds
 
 
-def _live(start: wire.Start, channel: socket.socket) -> NoReturn:
+def live(start: wire.Start, channel: socket.socket) -> NoReturn:
     """The agent's whole life."""
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -278,7 +263,7 @@ def _live(start: wire.Start, channel: socket.socket) -> NoReturn:
         reply, _ = _answered(lambda: _whole(start, channel))
         with suppress(OSError):
             wire.send(channel, reply)
-    except KeyboardInterrupt:  # the caller has died while the lab was made: nothing is left of it
+    except KeyboardInterrupt:  # the caller has died at another moment; the starter looks after us
         os._exit(1)
     finally:
         os._exit(0)
@@ -290,125 +275,8 @@ def _whole(start: wire.Start, channel: socket.socket) -> tuple[None, tuple[()]]:
     try:
         wire.send(channel, wire.Reply(value))
         agent.serve(channel)
-    except (KeyboardInterrupt, OSError):  # the caller has died
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    except (KeyboardInterrupt, OSError):
+        pass  # the caller has died
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     agent.end()
     return None, ()
-
-
-class _Starter:
-    def __init__(self, channel: socket.socket, caller: int) -> None:
-        self._channel = channel
-        self._caller = caller
-        self._agents: dict[int, tuple[int, str]] = {}  # by pidfd: the pid, the lab's name
-        self._poll = select.poll()
-        self._poll.register(channel, select.POLLIN)
-        self._poll.register(caller, select.POLLIN)
-
-    def serve(self) -> None:
-        while True:
-            for fd, _event in self._poll.poll():
-                if fd in self._agents:
-                    self._ended(fd)
-                elif fd == self._caller or not self._request():
-                    return
-
-    def end(self) -> None:
-        """Have all agents take their labs down."""
-        import time
-
-        for pid, _lab in self._agents.values():
-            os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE
-        while self._agents and (left := deadline - time.monotonic()) > 0:
-            for fd, _event in self._poll.poll(left * 1000):
-                if fd in self._agents:
-                    self._ended(fd)
-                else:
-                    self._poll.unregister(fd)
-        for fd, (pid, _lab) in list(self._agents.items()):
-            os.kill(pid, signal.SIGKILL)
-            self._ended(fd)
-
-    def _request(self) -> bool:
-        text, fds = wire.receive(self._channel)
-        if not text:
-            return False
-        start = _request.decode(text)
-        assert isinstance(start, wire.Start)
-        (end,) = fds
-        pid = os.fork()
-        if pid == 0:
-            for fd in (self._channel.fileno(), self._caller, *self._agents):
-                os.close(fd)
-            _live(start, socket.socket(fileno=end))
-        os.close(end)
-        pidfd = os.pidfd_open(pid)
-        self._agents[pidfd] = pid, "" if start.keep else start.lab
-        self._poll.register(pidfd, select.POLLIN)
-        return True
-
-    def _ended(self, pidfd: int) -> None:
-        pid, lab = self._agents.pop(pidfd)
-        self._poll.unregister(pidfd)
-        os.close(pidfd)
-        _, status = os.waitpid(pid, 0)
-        if os.WIFSIGNALED(status) and lab:
-            _take_down(lab)
-
-
-def _take_down(name: str) -> None:
-    """What a killed agent left, by the marks."""
-    child = os.fork()
-    if child == 0:
-        try:
-            for lab in labs.labs():
-                if lab.name == name:
-                    labs.teardown(lab, Progress())
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-
-
-def main(channel: int, caller: int) -> None:
-    """The starter: `channel` is its socket, `caller` the pid of the process that uses it."""
-    import gc
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _import_all()
-    pidfd = os.pidfd_open(caller)
-    if os.getppid() != caller:
-        sys.exit(1)
-    gc.collect()
-    gc.freeze()  # or the agents' garbage collectors would copy every page
-    starter = _Starter(socket.socket(fileno=channel), pidfd)
-    try:
-        starter.serve()
-    finally:
-        starter.end()
-
-
-def _import_all() -> None:
-    """What agents will need: so that it is imported once, and no agent imports anything."""
-    import subprocess
-
-    from netorch.system import (
-        conflicts,
-        disks,
-        facts,
-        firewall,
-        guests,
-        hosts,
-        leases,
-        links,
-        messages,
-        nft,
-        packets,
-        removal,
-        services,
-        taps,
-    )
-
-    del subprocess, conflicts, disks, facts, firewall, guests, hosts, leases, links, nft, packets
-    del removal, services, taps
-    messages.warm()

@@ -3,7 +3,7 @@
     with netorch.Lab("topology.toml") as lab:
         lab.host("client").run(["ping", "-c", "1", lab.ip("server")])
 
-The calling process stays where it is: an agent (netorch.agent) is in the lab on its behalf, and
+The calling process stays where it is: an agent (netorch.agents) is in the lab on its behalf, and
 takes the lab down when the block is left, or the process dies. Labs are private, so any number of
 them can be up at once with the same addresses. They have no way out unless `uplink` is given.
 """

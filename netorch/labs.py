@@ -7,7 +7,6 @@ from inside.
 """
 
 from collections.abc import Callable, Set
-from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Literal
 
@@ -17,11 +16,11 @@ from netorch import engine
 from netorch.compiler import compile
 from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError, UsageError
-from netorch.facts import Facts, Uplink
 from netorch.model import Topology
 from netorch.planner import Plan, diff
 from netorch.resources import Record, Resource, Ruleset
 from netorch.state import EMPTY, State
+from netorch.surroundings import fresh_facts, uplink_subnet, with_names
 from netorch.system import Adapter, System, rundir
 from netorch.system.places import (
     Place,
@@ -183,7 +182,7 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     run = run_base() / name
     place = _find(topology, choice)
     if place is None:
-        desired = compile(topology, _fresh_facts(topology), run, TABLE_PREFIX + name, source)
+        desired = compile(topology, fresh_facts(topology), run, TABLE_PREFIX + name, source)
         return Outcome(name, None, diff(desired, EMPTY))
     lab = Lab(name, place, run, disks_base() / name)
     if place.private:
@@ -357,58 +356,5 @@ def _was_private(run: Path) -> bool:
 def _desired(lab: Lab, topology: Topology, source: str) -> State:
     from netorch.system.facts import observe_facts
 
-    facts = _with_names(observe_facts(lab.scope), topology)
+    facts = with_names(observe_facts(lab.scope), topology)
     return compile(topology, facts, lab.run, lab.scope.table, source)
-
-
-def _with_names(facts: Facts, topology: Topology) -> Facts:
-    """Add what the file's own words refer to: users' ids and images' formats."""
-    from netorch.system.disks import image_format
-
-    owners = {taps.owner for taps in topology.taps.values() if isinstance(taps.owner, str)}
-    images = {g.image for g in topology.guests.values() if g.image != "tiny" and g.format == "auto"}
-    return msgspec.structs.replace(
-        facts,
-        users={owner: _uid_of(owner) for owner in owners},
-        formats={image: image_format(Path(image)) for image in images},
-    )
-
-
-def _uid_of(user: str) -> int:
-    import pwd
-
-    try:
-        return pwd.getpwnam(user).pw_uid
-    except KeyError as error:
-        raise UsageError(
-            f"there is no user {user!r} to own a tap", "a number does as well"
-        ) from error
-
-
-def _fresh_facts(topology: Topology) -> Facts:
-    """What a private place looks like before it is made."""
-    from netorch.system.uplinks import choose
-
-    has_uplink = choose(topology.lab.uplink) != "none"
-    facts = Facts(
-        taken=(uplink_subnet(topology),) if has_uplink else (),
-        uplinks=(Uplink(name="uplink0", mtu=1500),) if has_uplink else (),
-    )
-    return _with_names(facts, topology)
-
-
-def uplink_subnet(topology: Topology) -> str:
-    """The subnet of a private place's uplink: QEMU's and slirp4netns's 10.0.2.0/24, unless the file
-    has it.
-    """
-    written = [
-        IPv4Interface(network.address).network
-        for network in topology.networks.values()
-        if network.address not in (None, "auto")
-    ]
-    candidates = IPv4Network("10.0.0.0/8").subnets(new_prefix=24)
-    return next(
-        str(subnet)
-        for subnet in candidates
-        if subnet >= IPv4Network("10.0.2.0/24") and not any(subnet.overlaps(w) for w in written)
-    )

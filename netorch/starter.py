@@ -1,6 +1,6 @@
 """The caller's side of the agents: the starter process, and one connection for each lab.
 
-A Python process has one starter (see netorch.agent), begun when it is first needed or by `warm`,
+A Python process has one starter (see netorch.agents), begun when it is first needed or by `warm`,
 which doesn't wait for it. A process that was forked from a caller is another caller: it gets a
 starter of its own when it makes labs, and can't use its parent's.
 """
@@ -27,7 +27,7 @@ _current: "_Starter | None" = None
 _SCRIPT = """
 import sys
 sys.path[:] = {path!r}
-from netorch.agent import main
+from netorch.agents import main
 main({channel}, {caller})
 """
 

@@ -74,7 +74,7 @@ def parse(text: str, source: str, base: Path) -> Topology:
 
 def checked(topology: Topology, source: str, base: Path) -> Topology:
     """A topology that a program made, checked and completed as one that was parsed."""
-    data = msgspec.to_builtins(topology)
+    data = msgspec.json.decode(msgspec.json.encode(topology))  # arrays as TOML has them
     try:
         objection = ""
         topology = msgspec.convert(data, Topology)

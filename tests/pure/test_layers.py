@@ -13,13 +13,15 @@ PACKAGE = Path(__file__).parents[2] / "netorch"
 LAYERS = (
     {"__main__"},
     {"cli"},
+    {"pytest_plugin"},
+    {"needs"},
     {"api"},
     {"capture", "commands"},
     {"starter"},
-    {"agent"},
+    {"agent", "agents"},
     {"wire"},
     {"report", "nodes", "picture"},
-    {"labs"},
+    {"labs", "surroundings"},
     {"engine"},
     {"system"},
     {"planner"},
@@ -31,7 +33,7 @@ LAYERS = (
     {"model"},
     {"errors", "__init__"},
 )
-PURE = frozenset().union(*LAYERS[11:]) - {"__init__"}
+PURE = frozenset().union(*LAYERS[13:]) - {"__init__"}
 MACHINE = {
     "ctypes",
     "fcntl",
