@@ -138,6 +138,7 @@ def _import_all() -> None:
         links,
         messages,
         nft,
+        owned_place,
         packets,
         removal,
         services,
@@ -147,3 +148,4 @@ def _import_all() -> None:
     del subprocess, conflicts, disks, facts, firewall, guests, hosts, leases, links, nft, packets
     del removal, services, taps
     messages.warm()
+    owned_place.warm()

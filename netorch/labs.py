@@ -16,6 +16,7 @@ from netorch import engine
 from netorch.compiler import compile
 from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError, UsageError
+from netorch.facts import Facts
 from netorch.model import Topology
 from netorch.planner import Plan, diff
 from netorch.resources import Record, Resource, Ruleset
@@ -281,7 +282,11 @@ def topology_of(record: Record) -> Topology:
 def _apply_here(
     lab: Lab, topology: Topology, source: str, progress: Progress, fresh: bool = False
 ) -> Plan:
-    desired = _desired(lab, topology, source)
+    if fresh and lab.place.uplink == "none":
+        facts = with_names(Facts(), topology)  # there is nothing but lo
+        desired = compile(topology, facts, lab.run, lab.scope.table, source)
+    else:
+        desired = _desired(lab, topology, source)
 
     def ready(plan: Plan) -> None:
         from netorch.system.firewall import foreign_drops

@@ -52,9 +52,14 @@ class Connection:
         with self._turn:
             try:
                 wire.send(self._channel, request, fds)
+                return self.answer()
+            except NetorchError:
+                raise
             except OSError as error:
                 raise _gone() from error
-            return self.answer()
+            except BaseException:  # interrupted between a request and its answer
+                self._channel.close()
+                raise
 
     def answer(self) -> tuple[Any, list[int]]:
         """The answer to the request that was sent last."""

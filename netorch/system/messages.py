@@ -131,7 +131,19 @@ def warm() -> None:
     """Import and build all that the first message would: for processes that others are forked
     from.
     """
-    _classes()
+    info = ("IFLA_LINKINFO", (("IFLA_INFO_KIND", "bridge"),))
+    link(1, attributes=(info, ("IFLA_GROUP", 1), ("IFLA_MASTER", 1), up(True)))
+    veth(
+        index=1,
+        name="v",
+        peer=2,
+        device="v",
+        mac="52:54:00:00:00:00",
+        namespace=0,
+        attributes=(("IFLA_MTU", 1500), ("IFLA_GROUP", 1)),
+    )
+    address(NEWADDR, 1, "192.0.2.1/24")
+    default_route(NEWROUTE, 1, "192.0.2.1")
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

@@ -14,8 +14,8 @@ a Python for its PID 1. An uplink would have to be started from outside, so ther
 import os
 import signal
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
 
 from netorch.errors import MissingError
 from netorch.system import place_birth
@@ -31,18 +31,16 @@ class OwnedPlace:
 
     def __init__(self, lab: str, run: Path) -> None:
         """Make the place and move in. Raises MissingError where the machine doesn't allow it."""
-        cat = program("cat")
-        if cat is None:
-            raise MissingError("cat is not installed", "it is in coreutils, or busybox")
+        cat = _cat()
         inode = place_birth.settle(lab, run)
         name = run / "netns" / f"netorch:{UPLINK}"
         name.symlink_to(cat)
         marks = {**place_birth.marks_of(lab, inode), "NETORCH_PRIVATE": "1"}
         reader, self._leash = os.pipe()
-        self._init = os.fork()
-        if self._init == 0:
-            _become_init(name, marks, reader)
-        os.close(reader)
+        try:
+            self._init = _start_init(name, marks, reader)
+        finally:
+            os.close(reader)
         self._run = run
         self.place = Place(lab=lab, private=True, inode=inode, init=self._init, uplink=UPLINK)
 
@@ -56,17 +54,32 @@ class OwnedPlace:
         leave(self._run)
 
 
-def _become_init(name: Path, marks: dict[str, str], leash: int) -> NoReturn:
+def warm() -> None:
+    """Find what will be needed: for processes that others are forked from."""
+    with suppress(MissingError):  # then whoever needs it will say so
+        _cat()
+
+
+@cache
+def _cat() -> str:
+    found = program("cat")
+    if found is None:
+        raise MissingError("cat is not installed", "it is in coreutils, or busybox")
+    return found
+
+
+def _start_init(name: Path, marks: dict[str, str], leash: int) -> int:
+    """PID 1, by posix_spawn: that copies no page tables, so it costs a fifth of a fork."""
+    actions = [
+        (os.POSIX_SPAWN_DUP2, leash, 0),
+        (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 2, "/dev/null", os.O_WRONLY, 0),
+    ]
+    # Ignored, and that survives the exec: so the kernel reaps the orphans that come to PID 1.
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
-        os.setsid()
-        os.dup2(leash, 0)
-        null = os.open("/dev/null", os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-        os.chdir("/")
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; it survives the exec
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.execve(name, ["cat"], marks)
+        return os.posix_spawn(
+            name, ["cat"], marks, file_actions=actions, setsid=True, setsigmask=()
+        )
     finally:
-        os._exit(1)
+        signal.signal(signal.SIGCHLD, before)
