@@ -1,4 +1,4 @@
-"""The python blocks of docs/python.md are run, those of docs/pytest.md are tests that pass."""
+"""The python blocks of docs/python.md are run, those of docs/pytest.md and README.md are tests."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def test_pytest(tmp_path: Path) -> None:
     installed = [point.name for point in metadata.entry_points(group="pytest11")]
     plugin = [] if "netorch" in installed else ["-p", "netorch.pytest_plugin"]
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    for number, block in enumerate(blocks("docs/pytest.md")):
+    for number, block in enumerate([*blocks("docs/pytest.md"), *blocks("README.md")]):
         (tmp_path / f"test_{number}.py").write_text(block)
     arguments = [
         "-q",
@@ -64,4 +64,4 @@ def test_pytest(tmp_path: Path) -> None:
         "-c",
         str(tmp_path / "pytest.ini"),
     ]
-    assert "7 passed" in run(["-m", "pytest", *arguments, str(tmp_path)], tmp_path)
+    assert "8 passed" in run(["-m", "pytest", *arguments, str(tmp_path)], tmp_path)
