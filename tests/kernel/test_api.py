@@ -96,8 +96,8 @@ def test_run() -> None:
         with pytest.raises(errors.CommandError, match=r"still ran after 0.2 s") as late:
             a.run(["sh", "-c", "echo begun; sleep 1000"], timeout=0.2)
         assert (late.value.returncode, late.value.stdout) == (None, "begun\n")
-        with pytest.raises(errors.MissingError, match="failed to run nonesuch in host a"):
-            a.run(["nonesuch"])
+        with pytest.raises(errors.MissingError, match="failed to run /nonesuch in host a"):
+            a.run(["/nonesuch"])
         with pytest.raises(errors.UsageError, match="has no host 'c'"):
             lab.host("c")
 
