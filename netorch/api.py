@@ -57,7 +57,8 @@ class Lab:
         own, else in this network namespace, which takes CAP_NET_ADMIN. `keep`: the lab stays, and
         `netorch teardown` ends it. `uplink` is as in the file. `base` is where paths begin.
         """
-        self.topology, self.source = _read(topology, Path(base))
+        self._base = Path(base)
+        self.topology, self.source = _read(topology, self._base)
         self.name = name or f"{self.topology.name[:56]}-{os.urandom(3).hex()}"
         self._options = {"named": name is not None, "private": private, "keep": keep}
         written = self.topology.lab.uplink
@@ -154,7 +155,7 @@ class Lab:
 
     def apply(self, topology: Text) -> list[str]:
         """Change the running lab to match; what was done, a line each."""
-        self.topology, self.source = _read(topology, Path())
+        self.topology, self.source = _read(topology, self._base)
         done, _ = self.connection.ask(wire.Apply(topology=self.topology, source=self.source))
         return list(done)
 
@@ -174,7 +175,7 @@ class Lab:
         return [(title, text) for title, text in self.connection.ask(wire.Picture())[0]]
 
     def recorder(self, network: str) -> Capture:
-        """Keeps the first 512 frames on a network, at no cost while it does."""
+        """As capture, for the first 512 frames on a network, which nobody reads until asked to."""
         return Capture(self.connection, *self._interface(network, 0), watched=False)
 
     def _interface(self, where: str, nic: int) -> tuple[str, str]:

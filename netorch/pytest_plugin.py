@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Scope = Literal["session", "package", "module", "class", "function"]
 
 _CONSOLE_LINES = 40
-_fixtures: list[str] = ["lab", "make_lab"]
+_fixtures = {"lab", "make_lab"}
+_made: list[str] = []  # where lab_fixture was called
 _recorders = pytest.StashKey[dict["Lab", dict[str, "Capture"]]]()
 
 
@@ -55,8 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
-    wanted = set(_fixtures)
-    if any(wanted.intersection(getattr(item, "fixturenames", ())) for item in session.items):
+    items = session.items
+    if _made or any(_fixtures.intersection(getattr(item, "fixturenames", ())) for item in items):
         from netorch import starter
 
         starter.warm()
@@ -148,8 +149,7 @@ def lab_fixture(
         with _running(request, topology, base, capture=capture, uplink=uplink) as running:
             yield running
 
-    if name:
-        _fixtures.append(name)
+    _made.append(str(base))
     return pytest.fixture(scope=scope, name=name)(of_this_topology)
 
 

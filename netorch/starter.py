@@ -99,6 +99,11 @@ class _Starter:
         self._turn = threading.Lock()
         self.caller = os.getpid()
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is this process's, and alive."""
+        return self.caller == os.getpid() and self._process.poll() is None
+
     def start(self, request: wire.Start) -> tuple[Connection, Any]:
         """An agent that has made the lab, and what it says of it. Raises NetorchError."""
         ours, theirs = socket.socketpair()
@@ -160,9 +165,9 @@ def finish() -> None:
 def _starter() -> _Starter:
     global _current
     with _lock:
-        if _current is None or _current.caller != os.getpid():
-            if _current is None:
-                atexit.register(finish)
+        if _current is None:
+            atexit.register(finish)
+        if _current is None or not _current.is_usable:
             _current = _Starter()
         return _current
 

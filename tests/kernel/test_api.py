@@ -284,8 +284,7 @@ def test_a_lab_ends_with_the_process_that_made_it(run_dir: Path) -> None:
 def test_a_lab_ends_with_its_agent(run_dir: Path) -> None:
     with up() as lab:
         init = places.private_places()[lab.name].init
-        status = Path(f"/proc/{init}/status").read_text()
-        agent = int(status.split("PPid:")[1].split()[0])
+        agent = parent(init)
         process = lab.host("a").popen(ENDLESS)
         os.kill(agent, signal.SIGKILL)
         wait_until(lambda: is_gone(lab.name, run_dir))
@@ -294,6 +293,22 @@ def test_a_lab_ends_with_its_agent(run_dir: Path) -> None:
             lab.host("a").run(["true"])
         with pytest.raises(errors.NetorchError, match="the lab is gone"):
             lab.close()
+
+
+def test_the_starters_death_ends_no_lab_and_the_next_gets_another() -> None:
+    with up() as lab:
+        init = places.private_places()[lab.name].init
+        os.kill(parent(parent(init)), signal.SIGKILL)
+        assert ping(lab, "a", lab.ip("b")) == 0
+        wait_until(lambda: parent(parent(init)) != os.getpid())
+        with netorch.Lab(TWO) as next_one:
+            assert ping(next_one, "a", lab.ip("b")) == 0
+            assert ping(lab, "a", lab.ip("b")) == 0
+
+
+def parent(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("PPid:")[1].split()[0])
 
 
 def test_a_fork_of_the_caller_leaves_the_lab_alone() -> None:
