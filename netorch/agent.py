@@ -25,7 +25,6 @@ from netorch.system.places import (
     destroy,
     enter,
     has_net_admin,
-    private_places,
 )
 from netorch.system.scope import current_place, disks_base, run_base
 
@@ -49,8 +48,11 @@ class Agent:
         self._commands: dict[int, _Command] = {}  # by pidfd
         self._services: dict[str, tuple[list[str], str]] = {}
         run = run_base() / start.lab
-        if start.named and start.lab in private_places():
-            raise ConflictError(f"a lab {start.lab} is running already", "give this another name")
+        if start.named and any(lab.name == start.lab for lab in labs.labs()):
+            raise ConflictError(
+                f"a lab {start.lab} is there already",
+                f"give this another name, or: netorch teardown {start.lab}",
+            )
         if not start.private and not has_net_admin():
             raise MissingError(
                 "failed to make a lab in the current network namespace: no CAP_NET_ADMIN over it",
@@ -82,7 +84,11 @@ class Agent:
             return self._owned.place
         subnet = uplink_subnet(start.topology)
         place = create_private(start.lab, run, start.uplink, subnet)
-        enter(place)
+        try:
+            enter(place)
+        except BaseException:
+            destroy(place)
+            raise
         return place
 
     def serve(self, channel: socket.socket) -> None:
@@ -156,13 +162,13 @@ class Agent:
             self._owned.end()
         elif self.lab.place.private:
             destroy(self.lab.place)
-            rundir.leave(self.lab.run)
         elif self.lab.place.inode:
             errors = labs.teardown(self.lab, Progress())
             if errors:
                 raise NetorchError("\n".join(errors))
         for fd in list(self._commands):
             self._ended(fd)
+        rundir.leave(self.lab.run)
         rundir.remove(self.lab.scope)
 
     def _spawn(self, request: wire.Spawn, fds: list[int]) -> Answer:

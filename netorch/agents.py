@@ -35,7 +35,7 @@ class _Starter:
     def __init__(self, channel: socket.socket, caller: int) -> None:
         self._channel = channel
         self._caller = caller
-        self._agents: dict[int, tuple[int, str]] = {}  # by pidfd: the pid, the lab's name
+        self._agents: dict[int, tuple[int, str]] = {}  # by pidfd: the pid, the lab to look after
         self._poll = select.poll()
         self._poll.register(channel, select.POLLIN)
         self._poll.register(caller, select.POLLIN)
@@ -79,7 +79,8 @@ class _Starter:
             live(start, socket.socket(fileno=end))
         os.close(end)
         pidfd = os.pidfd_open(pid)
-        self._agents[pidfd] = pid, "" if start.keep else start.lab
+        # Only a name that we made up is surely no other lab's.
+        self._agents[pidfd] = pid, "" if start.keep or start.named else start.lab
         self._poll.register(pidfd, select.POLLIN)
         return True
 

@@ -21,7 +21,6 @@ from netorch.errors import MissingError
 from netorch.system import place_birth
 from netorch.system.places import Place
 from netorch.system.processes import program
-from netorch.system.rundir import leave
 
 UPLINK = "none"
 
@@ -41,17 +40,15 @@ class OwnedPlace:
             self._init = _start_init(name, marks, reader)
         finally:
             os.close(reader)
-        self._run = run
         self.place = Place(lab=lab, private=True, inode=inode, init=self._init, uplink=UPLINK)
 
     def end(self) -> None:
-        """Kill all that runs in the place, wait until it is gone, and let go of its mounts."""
+        """Kill all that runs in the place, and wait until it is gone."""
         os.kill(self._init, signal.SIGKILL)  # a child that has not been waited for: still itself
         with suppress(ChildProcessError):
             while True:  # its own children first: PID 1 stays until they have been reaped
                 os.waitpid(-1, 0)
         os.close(self._leash)
-        leave(self._run)
 
 
 def warm() -> None:

@@ -172,7 +172,7 @@ def test_a_capture_holds_what_passed_while_the_block_ran(tmp_path: Path) -> None
 def test_a_recorder_keeps_the_beginning() -> None:
     with up() as lab, lab.recorder("lan") as recorder:
         lab.host("a").run(["ping", "-q", "-c", "400", "-f", lab.ip("b")], timeout=60)
-        assert recorder.count == 512
+        assert 512 <= recorder.count < 600  # some more once there is room again
         assert recorder.dropped > 0
 
 
@@ -328,7 +328,7 @@ def test_a_fork_of_the_caller_leaves_the_lab_alone() -> None:
 def test_a_lab_is_kept_under_its_name_until_it_is_torn_down(run_dir: Path) -> None:
     with up(keep=True, name="kept") as lab:
         twin = netorch.Lab(TWO, name=lab.name)
-        with pytest.raises(errors.ConflictError, match="a lab kept is running already"):
+        with pytest.raises(errors.ConflictError, match="a lab kept is there already"):
             twin.start()
     try:
         assert "kept" in places.private_places()
