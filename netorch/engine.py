@@ -94,14 +94,16 @@ def apply(
     desired: State,
     progress: Progress,
     ready: Callable[[Plan], object] = lambda plan: None,
+    observed: State | None = None,
 ) -> Plan:
     """Bring the machine to `desired`; return the plan that did it, empty if nothing had to be done.
 
     `ready` waits for what has to come to life by itself; what it raises leaves the machine as it is
-    then, except that an interruption takes back what was done. Raises ConflictError before the
-    first change, ApplyError after the rollback.
+    then, except that an interruption takes back what was done. `observed` is what is known to be
+    there, if it is known. Raises ConflictError before the first change, ApplyError after the
+    rollback.
     """
-    observed = machine.observe()
+    observed = machine.observe() if observed is None else observed
     plan = diff(desired, observed)
     progress.planned(plan)
     if plan:

@@ -2,12 +2,14 @@
 
     NetorchError               failed for a reason that the person can act on (exit status 1)
     ├── TopologyError          the file is wrong: carries every mistake in it (exit status 2)
-    ├── UsageError             the command line asks for something that does not exist (exit status
-    2) ├── ConflictError          something that is not ours is in the way; nothing was changed ├──
-    MissingError           a program, a kernel feature or a permission is missing ├── ImageError
-    a guest image can't be found, built or read ├── KernelError            the kernel refused a
-    request; carries the errno ├── ApplyError             an action failed; says what was undone └──
-    ReadyError             everything was made, but something did not come to life in time
+    ├── UsageError             something was asked for that does not exist (exit status 2)
+    ├── ConflictError          something foreign is in the way; nothing was changed
+    ├── MissingError           a program, a kernel feature or a permission is missing
+    ├── ImageError             a guest image can't be found, built or read
+    ├── KernelError            the kernel refused a request; carries the errno
+    ├── ApplyError             an action failed; says what was undone
+    ├── CommandError           a command in a host or guest failed (Python API only)
+    └── ReadyError             all was made, but something did not come to life in time
 
 A message says what failed, on which object and why; `hint` says what to do about it. Only
 `netorch.cli` prints them and turns them into exit statuses.
@@ -122,6 +124,18 @@ class ApplyError(NetorchError):
         super().__init__(message, hint)
         self.undone = tuple(undone)
         self.left = tuple(left)
+
+
+class CommandError(NetorchError):
+    """A command in a host or guest failed. `returncode` is None if it was ended by a time limit."""
+
+    def __init__(
+        self, message: str, returncode: int | None, stdout: str | bytes, stderr: str | bytes
+    ) -> None:
+        super().__init__(message)
+        self.returncode = returncode
+        self.stdout = stdout
+        self.stderr = stderr
 
 
 class ReadyError(NetorchError):

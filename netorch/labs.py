@@ -6,9 +6,7 @@ apply fails that made it, destroyed after everything else: it is the one thing t
 from inside.
 """
 
-import contextlib
-from collections.abc import Callable
-from ipaddress import IPv4Interface, IPv4Network
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +15,14 @@ import msgspec
 from netorch import engine
 from netorch.compiler import compile
 from netorch.engine import Progress
-from netorch.errors import ImageError, NetorchError, ReadyError, UsageError
-from netorch.facts import Facts, Uplink
+from netorch.errors import NetorchError, ReadyError, UsageError
+from netorch.facts import Facts
 from netorch.model import Topology
 from netorch.planner import Plan, diff
 from netorch.resources import Record, Resource, Ruleset
 from netorch.state import EMPTY, State
-from netorch.system import System, rundir
+from netorch.surroundings import fresh_facts, uplink_subnet, with_names
+from netorch.system import Adapter, System, rundir
 from netorch.system.places import (
     Place,
     create_private,
@@ -91,8 +90,14 @@ class Standing(msgspec.Struct, frozen=True):
         return self.desired is not None and not diff(self.desired, self.observed)
 
 
-def machine(scope: Scope, report: Callable[[str], None] = lambda line: None) -> System:
-    """The adapters of all resources, over the namespaces that this process is in."""
+def machine(
+    scope: Scope,
+    report: Callable[[str], None] = lambda line: None,
+    only: Set[type[Resource]] | None = None,
+) -> System:
+    """The adapters of all resources, or of `only` these, over the namespaces that this process is
+    in.
+    """
     from netorch.system.disks import Overlays
     from netorch.system.firewall import Firewall
     from netorch.system.guests import Guests
@@ -100,18 +105,19 @@ def machine(scope: Scope, report: Callable[[str], None] = lambda line: None) -> 
     from netorch.system.links import Links
     from netorch.system.services import DhcpClients, Dnsmasqs
 
-    return System(
-        [
-            rundir.Records(scope),
-            Hosts(scope),
-            Links(scope),
-            Firewall(scope),
-            Dnsmasqs(scope),
-            DhcpClients(scope),
-            Overlays(scope),
-            Guests(scope, report),
-        ]
-    )
+    adapters: list[Adapter] = [
+        rundir.Records(scope),
+        Hosts(scope),
+        Links(scope),
+        Firewall(scope),
+        Dnsmasqs(scope),
+        DhcpClients(scope),
+        Overlays(scope),
+        Guests(scope, report),
+    ]
+    if only is not None:
+        adapters = [adapter for adapter in adapters if not only.isdisjoint(adapter.kinds)]
+    return System(adapters)
 
 
 def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progress) -> Outcome:
@@ -122,10 +128,7 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
     was made but a guest didn't come to life in time (the lab stays up for a look).
     """
     name = topology.name
-    if any(guest.image == "tiny" for guest in topology.guests.values()):
-        from netorch.system.tiny import tiny_image
-
-        tiny_image(progress.waiting)  # here: a place without a way out can't download its parts
+    prepare(topology, progress)
     with rundir.locked(_run_of(name)) as run:
         place = _find(topology, choice)
         made = place is None
@@ -149,6 +152,27 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
         return Outcome(name, place, plan)
 
 
+def prepare(topology: Topology, progress: Progress) -> None:
+    """What has to be done before moving into a place without a way out, which can't download."""
+    if any(guest.image == "tiny" for guest in topology.guests.values()):
+        from netorch.system.tiny import tiny_image
+
+        tiny_image(progress.waiting)
+
+
+def apply_inside(
+    lab: Lab, topology: Topology, source: str, progress: Progress, *, fresh: bool = False
+) -> Plan:
+    """As `apply`, in a process that is in the lab's place and has its lock. What fails leaves the
+    place to the caller.
+
+    `fresh`: this process has just made the place, for this lab alone. So nothing is looked for
+    there but what was asked for.
+    """
+    _note_place(lab)
+    return _apply_here(lab, topology, source, progress, fresh)
+
+
 def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     """What `apply` would do. Nothing is changed, not even a private place made.
 
@@ -157,7 +181,7 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     name = topology.name
     place = _find(topology, choice)
     if place is None:
-        facts = _fresh_facts(topology)
+        facts = fresh_facts(topology)
         desired = compile(topology, facts, run_base() / name, TABLE_PREFIX + name, source)
         return Outcome(name, None, diff(desired, EMPTY))
     lab = _lab(name, place)
@@ -173,6 +197,11 @@ def status(lab: Lab) -> Standing:
     """Compare the lab with the topology that was last applied. Moves into the lab's place."""
     if lab.place.private:
         enter(lab.place)
+    return status_inside(lab)
+
+
+def status_inside(lab: Lab) -> Standing:
+    """As `status`, in a process that is in the lab's place."""
     observed = machine(lab.scope).observe()
     record = rundir.recorded(lab.run)
     if record is None:
@@ -253,8 +282,14 @@ def topology_of(record: Record) -> Topology:
     return msgspec.json.decode(record.text, type=Topology)
 
 
-def _apply_here(lab: Lab, topology: Topology, source: str, progress: Progress) -> Plan:
-    desired = _desired(lab, topology, source)
+def _apply_here(
+    lab: Lab, topology: Topology, source: str, progress: Progress, fresh: bool = False
+) -> Plan:
+    if fresh and lab.place.uplink == "none":
+        facts = with_names(Facts(), topology)  # there is nothing but lo
+        desired = compile(topology, facts, lab.run, lab.scope.table, source)
+    else:
+        desired = _desired(lab, topology, source)
 
     def ready(plan: Plan) -> None:
         from netorch.system.firewall import foreign_drops
@@ -265,7 +300,9 @@ def _apply_here(lab: Lab, topology: Topology, source: str, progress: Progress) -
                 progress.warn(drop)
         wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
 
-    return engine.apply(machine(lab.scope, progress.waiting), desired, progress, ready)
+    only = {type(resource) for resource in desired} if fresh else None
+    adapters = machine(lab.scope, progress.waiting, only)
+    return engine.apply(adapters, desired, progress, ready, EMPTY if fresh else None)
 
 
 def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
@@ -293,7 +330,7 @@ def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
 def _create_private(topology: Topology, run: Path) -> Place:
     name = topology.name
     try:
-        return create_private(name, run, topology.lab.uplink, _uplink_subnet(topology))
+        return create_private(name, run, topology.lab.uplink, uplink_subnet(topology))
     except BaseException:
         if rundir.recorded(run) is None:
             rundir.remove(_lab(name, Place(lab=name, private=True, inode=0, run=str(run))).scope)
@@ -314,6 +351,11 @@ def _refuse_a_twin(lab: Lab) -> None:
             f"another lab {lab.name} runs in another network namespace (net:[{other}])",
             "give one of them another name ([lab] name), or set NETORCH_RUN_DIR",
         )
+    _note_place(lab)
+
+
+def _note_place(lab: Lab) -> None:
+    here = lab.place.inode
     rundir.write(lab.run / _PLACE, f"{here} private" if lab.place.private else str(here))
 
 
@@ -343,58 +385,5 @@ def _was_private(run: Path) -> bool:
 def _desired(lab: Lab, topology: Topology, source: str) -> State:
     from netorch.system.facts import observe_facts
 
-    facts = _with_names(observe_facts(lab.scope), topology)
+    facts = with_names(observe_facts(lab.scope), topology)
     return compile(topology, facts, lab.run, lab.scope.table, source)
-
-
-def _with_names(facts: Facts, topology: Topology) -> Facts:
-    """Add what the file's own words refer to: users' ids and images' formats."""
-    from netorch.system.disks import image_format
-
-    formats: dict[str, str] = {}
-    for image in (g.image for g in topology.guests.values() if g.image != "tiny"):
-        with contextlib.suppress(ImageError):  # the guests' adapter names all that can't be read
-            formats[image] = image_format(Path(image))
-    owners = {taps.owner for taps in topology.taps.values() if isinstance(taps.owner, str)}
-    users = {owner: _uid_of(owner) for owner in owners}
-    return msgspec.structs.replace(facts, users=users, formats=formats)
-
-
-def _uid_of(user: str) -> int:
-    import pwd
-
-    try:
-        return pwd.getpwnam(user).pw_uid
-    except KeyError as error:
-        raise UsageError(
-            f"there is no user {user!r} to own a tap", "a number does as well"
-        ) from error
-
-
-def _fresh_facts(topology: Topology) -> Facts:
-    """What a private place looks like before it is made."""
-    from netorch.system.uplinks import choose
-
-    has_uplink = choose(topology.lab.uplink) != "none"
-    facts = Facts(
-        taken=(_uplink_subnet(topology),) if has_uplink else (),
-        uplinks=(Uplink(name="uplink0", mtu=1500),) if has_uplink else (),
-    )
-    return _with_names(facts, topology)
-
-
-def _uplink_subnet(topology: Topology) -> str:
-    """The subnet of a private place's uplink: QEMU's and slirp4netns's 10.0.2.0/24, unless the file
-    has it.
-    """
-    written = [
-        IPv4Interface(network.address).network
-        for network in topology.networks.values()
-        if network.address not in (None, "auto")
-    ]
-    candidates = IPv4Network("10.0.0.0/8").subnets(new_prefix=24)
-    return next(
-        str(subnet)
-        for subnet in candidates
-        if subnet >= IPv4Network("10.0.2.0/24") and not any(subnet.overlaps(w) for w in written)
-    )

@@ -97,24 +97,25 @@ def _in_guest(node: Node, command: Sequence[str]) -> int:
         raise
     sys.stdout.buffer.write(done.out)
     sys.stderr.buffer.write(done.err)
+    assert done.code is not None, "without a time limit"
     return done.code
 
 
 def _in_host(node: Node, command: Sequence[str]) -> int:
     from netorch.system.hosts import exec_in_host
 
-    servers, domain = _name_service(node)
+    servers, domain = name_service(node.lab, node.name)
     exec_in_host(node.lab.scope, node.name, command, servers, domain)
 
 
-def _name_service(node: Node) -> tuple[list[str], str]:
+def name_service(lab: Lab, host: str) -> tuple[list[str], str]:
     """The name servers that a host should ask, those of its networks, and the first domain of
     these.
     """
     from netorch.system.links import Links
 
-    state = State(Links(node.lab.scope).observe())
-    record = rundir.recorded(node.lab.run)
+    state = State(Links(lab.scope).observe())
+    record = rundir.recorded(lab.run)
     networks = topology_of(record).networks if record else {}
     servers: list[str] = []
     domain = ""
@@ -122,7 +123,7 @@ def _name_service(node: Node) -> tuple[list[str], str]:
         network = networks.get(veth.network)
         bridge = state.get(f"bridge:{veth.network}")
         if (
-            veth.host != node.name
+            veth.host != host
             or network is None
             or not network.dns
             or not isinstance(bridge, Bridge)

@@ -26,7 +26,7 @@ _SYNTAX_HINTS = {
     "Cannot overwrite a value": "the key stands there twice",
 }
 
-__all__ = ["load", "memory_mib", "parse"]
+__all__ = ["checked", "load", "memory_mib", "parse"]
 
 
 def load(path: Path) -> Topology:
@@ -69,6 +69,19 @@ def parse(text: str, source: str, base: Path) -> Topology:
         raise TopologyError(source, _mistakes(text, data, str(error))) from error
     if check(topology):
         raise TopologyError(source, _mistakes(text, data, ""))
+    return _complete(topology, source, base)
+
+
+def checked(topology: Topology, source: str, base: Path) -> Topology:
+    """A topology that a program made, checked and completed as one that was parsed."""
+    data = msgspec.json.decode(msgspec.json.encode(topology))  # arrays as TOML has them
+    try:
+        objection = ""
+        topology = msgspec.convert(data, Topology)
+    except msgspec.ValidationError as error:
+        objection = str(error)
+    if objection or check(topology):
+        raise TopologyError(source, _mistakes("", data, objection))
     return _complete(topology, source, base)
 
 

@@ -7,7 +7,7 @@ host that is not up.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -57,7 +57,9 @@ class Hosts:
         return [Namespace(host=h, up=_is_up(self._scope.namespace(h))) for h in sorted(hosts)]
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
-        if not wanted or (namespaces.may_mount() and _may_unshare()):
+        if not wanted or self._scope.private:
+            return []  # a private place was itself made by the same calls
+        if namespaces.may_mount() and _may_unshare():
             return []
         return [
             "hosts can't be made here: that needs CAP_SYS_ADMIN, and NET_ADMIN alone was given "
@@ -133,8 +135,10 @@ def popen_in_host(
     stdin: int | None = None,
     stdout: int | None = None,
     stderr: int | None = None,
+    environ: Mapping[str, str] | None = None,
+    cwd: str | None = None,
 ) -> "Popen[bytes]":
-    """As exec_in_host, in a child; the streams are subprocess's."""
+    """As exec_in_host, in a child with a session of its own; the streams are subprocess's."""
     from subprocess import Popen, SubprocessError
 
     def prepare() -> None:
@@ -148,7 +152,9 @@ def popen_in_host(
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
-                env=scope.environment(),
+                env=scope.environment(environ=environ),
+                cwd=cwd,
+                start_new_session=True,
                 preexec_fn=prepare if nameservers else None,
             )
     except SubprocessError as error:

@@ -27,7 +27,8 @@ NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 EXCLUSIVE, CREATE, APPEND = 0x200, 0x400, 0x800
 
 _IFF_UP = 0x1
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_IFALIAS = 1, 3, 20
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 1, 3, 4, 20, 28
+_IFLA_LINKINFO, _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 18, 1, 2, 1
 _STATIC = 4  # RTPROT_STATIC, what an administrator's routes have
 
 # An attribute as pyroute2 names it; a tuple of attributes as the value makes it a nested one.
@@ -72,23 +73,22 @@ def veth(
     namespace: int,
     attributes: Attributes,
 ) -> bytearray:
-    """RTM_NEWLINK for a veth pair; `namespace` is a descriptor of the other end's."""
-    shared = [pair for pair in attributes if pair[0] == "IFLA_MTU"]
-    peer_value = {
-        "index": peer,
-        "attrs": [
-            ("IFLA_IFNAME", device),
-            ("IFLA_ADDRESS", mac),
-            ("IFLA_NET_NS_FD", namespace),
-            *shared,
-        ],
-    }
-    info = [
-        ("IFLA_INFO_KIND", "veth"),
-        ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer_value)]}),
-    ]
-    attrs = [("IFLA_IFNAME", name), *attributes, ("IFLA_LINKINFO", {"attrs": info})]
-    return _encode("link", NEWLINK, CREATE | EXCLUSIVE, {"index": index}, attrs)
+    """RTM_NEWLINK for a veth pair; `namespace` is a descriptor of the other end's.
+
+    What describes the other end is put together here: pyroute2 takes 200 µs for it.
+    """
+    peer_end = struct.pack("=BxHiII", 0, 0, peer, 0, 0)
+    peer_end += _attribute(_IFLA_IFNAME, device.encode() + b"\0")
+    peer_end += _attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+    peer_end += _attribute(_IFLA_NET_NS_FD, struct.pack("=I", namespace))
+    for mtu in (value for key, value in attributes if key == "IFLA_MTU"):
+        peer_end += _attribute(_IFLA_MTU, struct.pack("=I", mtu))
+    info = _attribute(_IFLA_INFO_KIND, b"veth")
+    info += _attribute(_IFLA_INFO_DATA, _attribute(_VETH_INFO_PEER, peer_end))
+    message = link(index, name=name, flags=CREATE | EXCLUSIVE, attributes=attributes)
+    message += _attribute(_IFLA_LINKINFO, info)
+    struct.pack_into("=I", message, 0, len(message))
+    return message
 
 
 def delete_link(index: int) -> bytearray:
@@ -125,6 +125,25 @@ def default_route(kind: int, index: int, gateway: str) -> bytearray:
     }
     attrs = [("RTA_GATEWAY", gateway), ("RTA_OIF", index)]
     return _encode("route", kind, CREATE | APPEND if kind == NEWROUTE else 0, fields, attrs)
+
+
+def warm() -> None:
+    """Import and build all that the first message would: for processes that others are forked
+    from.
+    """
+    info = ("IFLA_LINKINFO", (("IFLA_INFO_KIND", "bridge"),))
+    link(1, attributes=(info, ("IFLA_GROUP", 1), ("IFLA_MASTER", 1), up(True)))
+    veth(
+        index=1,
+        name="v",
+        peer=2,
+        device="v",
+        mac="52:54:00:00:00:00",
+        namespace=0,
+        attributes=(("IFLA_MTU", 1500), ("IFLA_GROUP", 1)),
+    )
+    address(NEWADDR, 1, "192.0.2.1/24")
+    default_route(NEWROUTE, 1, "192.0.2.1")
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

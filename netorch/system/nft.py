@@ -23,9 +23,11 @@ _HINTS = {
 
 
 class Nft:
-    """A libnftables context. Raises MissingError where the library isn't installed."""
+    """A libnftables context; with `counters` listings show their values. Raises MissingError where
+    the library isn't installed.
+    """
 
-    def __init__(self, *, handles: bool = False) -> None:
+    def __init__(self, *, handles: bool = False, counters: bool = False) -> None:
         """`handles`: listings show the rules' handles."""
         try:
             self._library = ctypes.CDLL(_LIBRARY)
@@ -37,7 +39,7 @@ class Nft:
         import nftables
 
         self._context = nftables.Nftables()
-        self._context.set_stateless_output(True)
+        self._context.set_stateless_output(not counters)
         self._context.set_handle_output(handles)
 
     def run(self, script: str, what: str) -> str:

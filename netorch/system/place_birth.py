@@ -58,7 +58,7 @@ def create(lab: str, run: Path, uplink: Uplink, subnet: str) -> Place:
         os.waitpid(founder, 0)
         founded = _founded(lab, text)
         pidfd = _open(lab, founded.init, answer)
-        inside = uplinks.Inside(pidfd, run, subnet, _marks(lab, founded.inode))
+        inside = uplinks.Inside(pidfd, run, subnet, marks_of(lab, founded.inode))
         chosen, reason = uplinks.start(inside, uplink, leash)
         _complete(lab, chosen, leash, answer)
     except BaseException:
@@ -90,23 +90,7 @@ def _found(lab: str, run: Path, leash_read: int, report: int, answer: int) -> No
     founded = _Founded()
     try:
         os.setsid()
-        uid, gid = os.geteuid(), os.getegid()
-        founded.step = "user namespace"
-        namespaces.unshare(namespaces.NEWUSER)
-        founded.step = "id map"
-        _write("/proc/self/setgroups", "deny")
-        _write("/proc/self/uid_map", f"0 {uid} 1")
-        _write("/proc/self/gid_map", f"0 {gid} 1")
-        founded.step = "namespaces"
-        namespaces.unshare(namespaces.NEWNET | namespaces.NEWNS | namespaces.NEWPID)
-        founded.step = "mounts"
-        namespaces.mount(None, "/", flags=MS_REC | MS_SLAVE)
-        namespaces.mount(
-            "netorch", run / "netns", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700"
-        )
-        founded.step = "links"
-        namespaces.loopback_up()
-        founded.inode = current_place()
+        _settle(run, founded)
         founded.step = "PID 1"
         founded.init = os.fork()
         if founded.init == 0:
@@ -119,6 +103,41 @@ def _found(lab: str, run: Path, leash_read: int, report: int, answer: int) -> No
         os._exit(0)
 
 
+def settle(lab: str, run: Path) -> int:
+    """Move this process into the namespaces of a new place; the inode of its network namespace.
+
+    PID 1 of the place is the next child. Raises MissingError.
+    """
+    (run / "netns").mkdir(mode=0o700, parents=True, exist_ok=True)
+    founded = _Founded()
+    try:
+        _settle(run, founded)
+    except OSError as error:
+        founded.errno = error.errno or errno.EIO
+        raise _refused(lab, founded) from error
+    return founded.inode
+
+
+def _settle(run: Path, founded: _Founded) -> None:
+    uid, gid = os.geteuid(), os.getegid()
+    founded.step = "user namespace"
+    namespaces.unshare(namespaces.NEWUSER)
+    founded.step = "id map"
+    _write("/proc/self/setgroups", "deny")
+    _write("/proc/self/uid_map", f"0 {uid} 1")
+    _write("/proc/self/gid_map", f"0 {gid} 1")
+    founded.step = "namespaces"
+    namespaces.unshare(namespaces.NEWNET | namespaces.NEWNS | namespaces.NEWPID)
+    founded.step = "mounts"
+    namespaces.mount(None, "/", flags=MS_REC | MS_SLAVE)
+    namespaces.mount(
+        "netorch", run / "netns", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700"
+    )
+    founded.step = "links"
+    namespaces.loopback_up()
+    founded.inode = current_place()
+
+
 def _become_init(lab: str, run: Path, inode: int, leash_read: int, answer: int) -> NoReturn:
     try:
         os.dup2(leash_read, 0)
@@ -127,7 +146,7 @@ def _become_init(lab: str, run: Path, inode: int, leash_read: int, answer: int) 
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         os.chdir("/")
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        marks = {**_marks(lab, inode), "NETORCH_PRIVATE": "1", "NETORCH_RUN": str(run)}
+        marks = {**marks_of(lab, inode), "NETORCH_PRIVATE": "1", "NETORCH_RUN": str(run)}
         os.execve(sys.executable, [sys.executable, "-I", "-S", "-E", str(_INIT), lab], marks)
     except OSError as error:
         os.write(1, f"can't run {sys.executable}: {error.strerror}".encode())
@@ -156,7 +175,7 @@ def _ended(lab: str, said: bytes) -> NetorchError:
     return NetorchError(f"failed to create a private place for {lab}: PID 1 ended: {cause}")
 
 
-def _marks(lab: str, inode: int) -> dict[str, str]:
+def marks_of(lab: str, inode: int) -> dict[str, str]:
     return {"NETORCH_LAB": lab, "NETORCH_PLACE": str(inode)}
 
 
@@ -165,12 +184,15 @@ def _founded(lab: str, text: bytes) -> _Founded:
         raise NetorchError(f"failed to create a private place for {lab}: its founder was killed")
     founded = msgspec.json.decode(text, type=_Founded)
     if founded.errno:
-        cause = f"{founded.step}: {os.strerror(founded.errno)}"
-        raise MissingError(
-            f"failed to create a private place for {lab}: {cause}",
-            _hint(founded.step, founded.errno),
-        )
+        raise _refused(lab, founded)
     return founded
+
+
+def _refused(lab: str, founded: _Founded) -> MissingError:
+    cause = f"{founded.step}: {os.strerror(founded.errno)}"
+    return MissingError(
+        f"failed to create a private place for {lab}: {cause}", _hint(founded.step, founded.errno)
+    )
 
 
 def _hint(step: str, number: int) -> str:

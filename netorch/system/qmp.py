@@ -39,9 +39,11 @@ class QmpError(NetorchError):
 
 
 class Completed(NamedTuple):
-    """A command that ran in a guest; `code` is its exit status, 128 + N if signal N ended it."""
+    """A command that ran in a guest; `code` is its exit status, 128 + N if signal N ended it, None
+    if it still runs.
+    """
 
-    code: int
+    code: int | None
     out: bytes
     err: bytes
 
@@ -182,8 +184,16 @@ def agent_path(scope: Scope, guest: str) -> Path:
     return scope.run / "guests" / guest / "agent.sock"
 
 
-def agent_exec(scope: Scope, guest: str, argv: Sequence[str], input: bytes = b"") -> Completed:
-    """Run a command in a guest and wait for its end. Raises UsageError, ReadyError, QmpError.
+def agent_exec(
+    scope: Scope,
+    guest: str,
+    argv: Sequence[str],
+    input: bytes = b"",
+    seconds: float | None = None,
+) -> Completed:
+    """Run a command in a guest and wait for its end, or at most so many seconds.
+
+    Raises UsageError, ReadyError, QmpError.
 
     The agent tells of a command's end only when asked, so this asks, at intervals from 2 to 250 ms.
     """
@@ -199,7 +209,10 @@ def agent_exec(scope: Scope, guest: str, argv: Sequence[str], input: bytes = b""
             arguments["input-data"] = base64.b64encode(input).decode()
         pid = agent.ask("guest-exec", arguments)["pid"]
         asked = 0
+        began = time.monotonic()
         while not (status := agent.ask("guest-exec-status", {"pid": pid}))["exited"]:
+            if seconds is not None and time.monotonic() - began >= seconds:
+                return Completed(None, b"", b"")
             time.sleep(_DELAYS[min(asked, len(_DELAYS) - 1)])
             asked += 1
     code = status["exitcode"] if "exitcode" in status else 128 + status.get("signal", 0)

@@ -10,6 +10,7 @@ Marks, one for each place where the kernel lets us leave one:
 
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -56,12 +57,15 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     def namespace(self, host: str) -> Path:
         return self.namespaces / f"netorch:{self.lab}:{host}:{self.place}"
 
-    def environment(self, resource: Resource | None = None) -> dict[str, str]:
-        """The environment of a process of the lab: the caller's, with the lab's marks."""
+    def environment(
+        self, resource: Resource | None = None, environ: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """The environment of a process of the lab: `environ`, or this process's, with its marks."""
+        environ = os.environ if environ is None else environ
         marks = {"NETORCH_LAB": self.lab, "NETORCH_PLACE": str(self.place)}
         if resource is not None:
             marks["NETORCH_RESOURCE"] = encode(resource)
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("NETORCH_")}
+        inherited = {k: v for k, v in environ.items() if not k.startswith("NETORCH_")}
         return {**inherited, **marks}
 
 
