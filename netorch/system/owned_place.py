@@ -34,13 +34,15 @@ class OwnedPlace:
         inode = place_birth.settle(lab, run)
         name = run / "netns" / f"netorch:{UPLINK}"
         name.symlink_to(cat)
-        marks = {**place_birth.marks_of(lab, inode), "NETORCH_PRIVATE": "1"}
+        marks = place_birth.init_marks(lab, run, inode)
         reader, self._leash = os.pipe()
         try:
             self._init = _start_init(name, marks, reader)
         finally:
             os.close(reader)
-        self.place = Place(lab=lab, private=True, inode=inode, init=self._init, uplink=UPLINK)
+        self.place = Place(
+            lab=lab, private=True, inode=inode, init=self._init, uplink=UPLINK, run=str(run)
+        )
 
     def end(self) -> None:
         """Kill all that runs in the place, and wait until it is gone."""

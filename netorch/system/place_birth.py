@@ -146,7 +146,7 @@ def _become_init(lab: str, run: Path, inode: int, leash_read: int, answer: int) 
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         os.chdir("/")
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        marks = {**marks_of(lab, inode), "NETORCH_PRIVATE": "1", "NETORCH_RUN": str(run)}
+        marks = init_marks(lab, run, inode)
         os.execve(sys.executable, [sys.executable, "-I", "-S", "-E", str(_INIT), lab], marks)
     except OSError as error:
         os.write(1, f"can't run {sys.executable}: {error.strerror}".encode())
@@ -173,6 +173,11 @@ def _open(lab: str, init: int, answer: int) -> int:
 def _ended(lab: str, said: bytes) -> NetorchError:
     cause = said.decode(errors="replace").strip().rpartition("\n")[2] or "it was killed"
     return NetorchError(f"failed to create a private place for {lab}: PID 1 ended: {cause}")
+
+
+def init_marks(lab: str, run: Path, inode: int) -> dict[str, str]:
+    """The marks of a place's PID 1, by which the place is found, with its run directory."""
+    return {**marks_of(lab, inode), "NETORCH_PRIVATE": "1", "NETORCH_RUN": str(run)}
 
 
 def marks_of(lab: str, inode: int) -> dict[str, str]:
