@@ -4,9 +4,16 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import untouched
+
+# No time limit for an example: two cores are shared with guests. In CI the examples are the same
+# every time, so that what fails there fails for whoever looks into it.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
