@@ -79,16 +79,17 @@ def _explained(scope: Scope, desired: State, verdict: Verdict) -> Verdict:
 
 
 class _Watch:
-    """What arrives at the far end with the mark of one probe."""
+    """What arrives at both ends of one probe, which has a mark of its own."""
 
-    def __init__(self, mark: Mark, capture: Capture | None) -> None:
+    def __init__(self, mark: Mark, far: Capture | None, near: Capture | None) -> None:
         self.mark = mark
-        self._capture = capture
+        self.near = near  # at a guest that probes: what comes back to it
+        self._far = far
         self._seen: Seen | None = None
 
     def seen(self) -> Seen | None:
-        if self._capture is not None:
-            self._seen = self._capture.seen(self.mark) or self._seen
+        if self._far is not None:
+            self._seen = self._far.seen(self.mark) or self._seen
         return self._seen
 
 
@@ -105,7 +106,10 @@ class _Run:
             stack.callback(inside.close)
         self.listeners = stack.enter_context(Listeners(patience))
         stack.callback(patience.stop)
-        self.deaf: dict[tuple[str | None, str], str] = {}  # far ends that can't listen, and why
+        # Far ends, by node and protocol with port: those that can't listen, and those that do so by
+        # themselves.
+        self.deaf: dict[tuple[str | None, str], str] = {}
+        self.served: set[tuple[str | None, str]] = set()
         self.numbers = itertools.count()
 
     def verdicts(self, asked: Sequence[Question]) -> list[Verdict]:
@@ -142,38 +146,44 @@ class _Run:
         far, inside = question.far, self.guests.get(question.far.node or PLACE)
         if far.node is None or not far.address or (inside and question.kind == "udp"):
             return
+        key = (far.node, question.expect.by)
         end = End(question.kind, far.address, question.port)
-        if inside is not None:
-            reason = self.listeners.open_in_guest(end, inside, seconds)
+        try:
+            if inside is not None:
+                own = self.listeners.open_in_guest(end, inside, seconds)
+            else:
+                namespace = self._host(far.node).namespace
+                own = self.listeners.open(end._replace(namespace=namespace))
+        except NetorchError as error:
+            self.deaf[key] = error.message
         else:
-            namespace = self._host(far.node).namespace
-            reason = self.listeners.open(end._replace(namespace=namespace))
-        if reason:
-            self.deaf[far.node, question.expect.by] = reason
+            if not own:
+                self.served.add(key)
 
     def _host(self, node: str) -> Vantage:
         namespace = None if node == PLACE else self.scope.namespace(node)
         return Vantage(namespace, self.patience)
 
     @contextmanager
-    def _watch(self, question: Question) -> Iterator[_Watch]:
+    def _watch(self, question: Question, source: str) -> Iterator[_Watch]:
         """A mark of its own, and what it takes to see it at the far end, where that is needed."""
         number = next(self.numbers)
         mark = Mark(100 + number % 400, b"netorch-" + os.urandom(6).hex().encode())
-        node = question.far.node
+        far = question.far.node
         wanted = question.expect.seen_as is not None or question.kind == "udp"
-        if not wanted or node is None:
-            yield _Watch(mark, None)
-            return
+        with ExitStack() as stack:
+            seeing = self._capture(stack, far) if wanted and far is not None else None
+            near = self._capture(stack, source) if source in self.guests else None
+            yield _Watch(mark, seeing, near)
+
+    def _capture(self, stack: ExitStack, node: str) -> Capture | None:
+        """What arrives at a node; None if its cable or its namespace is gone."""
         links = [port.link for port in self.ports[node]] if node in self.guests else []
         inside = self.scope.namespace(node) if node != PLACE and not links else None
         try:
-            capture = Capture(inside, links)
+            return stack.enter_context(Capture(inside, links))
         except OSError:
-            yield _Watch(mark, None)  # its cable or its namespace is gone
-            return
-        with capture:
-            yield _Watch(mark, capture)
+            return None
 
     # Verdicts
 
@@ -187,7 +197,7 @@ class _Run:
         expect = question.expect
         if question.kind == "dhcp":
             return self._leased(question)
-        with self._watch(question) as watch:
+        with self._watch(question, question.source) as watch:
             answer = self._settled(question, question.source, watch, question.seconds)
             reached = answer.kind == "reached"
             text = answer.text
@@ -216,7 +226,7 @@ class _Run:
         """Does the same probe work from where it must?"""
         tried = []
         for vantage in question.vantages[:_CONTROLS]:
-            with self._watch(question) as watch:
+            with self._watch(question, vantage) as watch:
                 control = self._settled(question, vantage, watch, _CONTROL, must=True)
             who = vantage or "this machine"
             up = control.kind == "reached" or (question.kind, control.kind) == ("dns", "refused")
@@ -265,17 +275,16 @@ class _Run:
     def _attempt(self, question: Question, node: str, watch: _Watch, until: float) -> Answer:
         if node != PLACE and node not in self.guests and not self.hosts.get(node):
             return Answer("broken", f"host {node} is not up")
-        in_guest = node in self.guests
-        vantage = GuestVantage(self.guests[node]) if in_guest else self._host(node)
+        vantage = self._vantage(node, watch)
         if question.kind == "dns":
-            return self._resolved(question, node, until)
+            return self._resolved(question, vantage, until)
         address = question.far.address
-        if not address and in_guest:
+        if not address and question.far.name and isinstance(vantage, GuestVantage):
             address = question.far.name
         elif not address and question.far.name:
-            answer, found = self._ask(self._host(node), question.far.name, question.servers, until)
+            answer, found = vantage.dns(question.far.name, question.servers, until)
             if not found:
-                return answer
+                return answer._replace(text=f"no address of {question.far.name}: {answer.text}")
             address = found[0]
         if not address:
             return Answer("unreachable", f"{question.expect.to} has no address")
@@ -288,38 +297,38 @@ class _Run:
         )
 
     def _arrived(self, question: Question, answer: Answer, watch: _Watch) -> Answer:
-        """A datagram that no program answers: has it arrived nevertheless?
+        """A datagram that nothing came back for: has it arrived nevertheless?
 
-        At a service of somebody else's that is enough. A guest where nothing can listen has to
-        answer that its port is closed.
+        Where a service of somebody else's has the port that is enough, and where nothing may
+        arrive it is too much. A guest, where nothing listens, has to answer that its port is
+        closed.
         """
+        far = question.far
         if answer.kind == "reached" or watch.seen() is None:
             return answer
-        if question.far.node not in self.guests:
-            silent = answer.kind == "silent"
-            return Answer("reached", "it arrives, and nobody answers") if silent else answer
-        if answer.kind == "refused" or answer.by == question.far.address:
+        if far.node not in self.guests:
+            counts = (far.node, question.expect.by) in self.served or not question.expect.reach
+            if answer.kind == "silent" and counts:
+                return Answer("reached", "it arrives, and nobody answers")
+        elif answer.kind == "refused" or answer.by == far.address:
             return Answer("reached", "it arrives, at a closed port")
         return answer
 
-    def _resolved(self, question: Question, node: str, until: float) -> Answer:
-        servers = (question.far.address,) if question.far.address else question.servers
-        if node in self.guests:
-            server = question.far.address
-            answer, found = GuestVantage(self.guests[node]).dns(question.detail, server, until)
-        else:
-            answer, found = self._ask(self._host(node), question.detail, servers, until)
+    def _resolved(
+        self, question: Question, vantage: Vantage | GuestVantage, until: float
+    ) -> Answer:
+        given = (question.far.address,) if question.far.address else ()
+        servers = given if isinstance(vantage, GuestVantage) else given or question.servers
+        answer, found = vantage.dns(question.detail, servers, until)
         if found and question.answers and not set(found) & set(question.answers):
             said = ", ".join(found)
             return Answer("broken", f"{said}, but it has {', '.join(question.answers)}")
         return answer
 
-    def _ask(
-        self, vantage: Vantage, name: str, servers: Sequence[str], until: float
-    ) -> tuple[Answer, tuple[str, ...]]:
-        if not servers:
-            return Answer("broken", "it has no name server of this lab to ask"), ()
-        return vantage.dns(name, servers[0], until)
+    def _vantage(self, node: str, watch: _Watch) -> Vantage | GuestVantage:
+        if node in self.guests:
+            return GuestVantage(self.guests[node], watch.near)
+        return self._host(node)
 
 
 def _lease_text(port: Port, there: Sequence[str], leased: str) -> tuple[bool, str]:

@@ -1,4 +1,4 @@
-"""What arrives at a far end, and from which source address: packet sockets (packet(7)).
+"""What arrives at a NIC, and from which source address: packet sockets (packet(7)).
 
 Whether the far side has seen a packet is asked of its NIC and not of the program that listens
 there, so it works for ping as for TCP, for guests as for hosts, and for services that are not
@@ -11,7 +11,7 @@ echo request, or a token in the data of TCP and UDP.
 
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from netorch.system.namespaces import in_namespace
 _ETH_P_ALL = 0x0003  # of all sockets only those for all protocols see what leaves
 _ETH_P_IP = 0x0800
 _ICMP_ECHO = 8
+_UNREACHABLE = 3
 
 
 class Seen(NamedTuple):
@@ -29,6 +30,13 @@ class Seen(NamedTuple):
 
     source: str
     target: str
+
+
+class Rejection(NamedTuple):
+    """Who turned a packet away, and the code of the ICMP message that says why."""
+
+    by: str
+    code: int
 
 
 class Mark(NamedTuple):
@@ -75,17 +83,35 @@ class Capture:
     def seen(self, mark: Mark) -> Seen | None:
         """The last packet with the mark that arrived since the last call."""
         found = None
+        for packet in self._arrived():
+            if mark.is_on(packet):
+                found = Seen(_address(packet, 12), _address(packet, 16))
+        return found
+
+    def rejection(self, address: str, protocol: int) -> Rejection | None:
+        """The last ICMP message that turned away a packet to `address`, since the last call."""
+        found = None
+        for packet in self._arrived():
+            message = packet[(packet[0] & 15) * 4 :]
+            if packet[9] != socket.IPPROTO_ICMP or len(message) < 28 or message[0] != _UNREACHABLE:
+                continue
+            if message[17] == protocol and _address(message, 24) == address:
+                found = Rejection(_address(packet, 12), message[1])
+        return found
+
+    def _arrived(self) -> Iterator[bytes]:
         for one in self._sockets:
             while True:
                 try:
                     packet, address = one.recvfrom(65535)
                 except BlockingIOError:
                     break
-                of_interest = address[1] == _ETH_P_IP and address[2] == self._kind
-                if of_interest and len(packet) >= 20 and mark.is_on(_whole(packet)):
-                    source, target = struct.unpack_from("4s4s", packet, 12)
-                    found = Seen(socket.inet_ntoa(source), socket.inet_ntoa(target))
-        return found
+                if address[1] == _ETH_P_IP and address[2] == self._kind and len(packet) >= 20:
+                    yield _whole(packet)
+
+
+def _address(packet: bytes, offset: int) -> str:
+    return socket.inet_ntoa(packet[offset : offset + 4])
 
 
 def _whole(packet: bytes) -> bytes:

@@ -2,17 +2,20 @@
 
 The built-in image has busybox's; most others have ping and bash, which opens /dev/tcp/ADDRESS/PORT.
 Each probe is a line of shell that takes what is there, and says which program is missing where
-nothing is (status 127). What came back is read from the programs' messages; they can't tell a
-rejection by ICMP from a refusal by TCP, so whoever needs to know looks at the guest's tap.
+nothing is (status 127). What came back is read from the programs' messages, and, since these
+can't tell a rejection by ICMP from a refusal by TCP (and busybox's ping and tftp don't see one at
+all), from what ICMP goes to the guest by its taps.
 """
 
 import re
+import socket
 import time
+from collections.abc import Sequence
 
 from netorch.errors import NetorchError
-from netorch.system.capture import Mark
+from netorch.system.capture import Capture, Mark
 from netorch.system.guest_commands import Inside
-from netorch.system.probes import Answer
+from netorch.system.probes import Answer, rejected
 from netorch.system.qmp import Completed
 
 _GRACE = 1.0  # seconds that a command may take longer than its own limit
@@ -54,16 +57,16 @@ else
 fi
 """
 _REFUSED = re.compile(r"refused", re.I)
-_REJECTED = re.compile(r"got ICMP 3|prohibited|Destination|unreachable \(", re.I)
 _UNREACHABLE = re.compile(r"unreachable|no route", re.I)
 _NO_NAME = re.compile(r"bad address|not known|can't resolve|NXDOMAIN|can't find|no answer", re.I)
 
 
 class GuestVantage:
-    """Where a probe starts: inside a guest."""
+    """Where a probe starts: inside a guest. `incoming` sees what goes to its NICs."""
 
-    def __init__(self, inside: Inside) -> None:
+    def __init__(self, inside: Inside, incoming: Capture | None) -> None:
         self._inside = inside
+        self._incoming = incoming
 
     def ping(self, address: str, mark: Mark, until: float) -> Answer:
         done = self._run(_PING, address, str(mark.size), _whole(until), until=until)
@@ -72,14 +75,16 @@ class GuestVantage:
         took = re.search(rb"time[=<]([\d.]+) ms", done.out)
         if done.code == 0 and took:
             return Answer("reached", f"{float(took[1]):.1f} ms")
-        return _failure(done, address)
+        return self._failure(done, address, socket.IPPROTO_ICMP)
 
     def tcp(self, address: str, port: int, mark: Mark, until: float) -> Answer:
         token = mark.token.decode()
         done = self._run(_TCP, address, str(port), _whole(until), token, until=until)
         if isinstance(done, Answer):
             return done
-        return Answer("reached", "connected") if done.code == 0 else _failure(done, address)
+        if done.code == 0:
+            return Answer("reached", "connected")
+        return self._failure(done, address, socket.IPPROTO_TCP)
 
     def udp(self, address: str, port: int, mark: Mark, until: float) -> Answer:
         """Reached where anything comes back; tftp takes no echo for an answer to itself, but an
@@ -91,9 +96,13 @@ class GuestVantage:
             return done
         if done.code == 0 or b"server error" in done.err:
             return Answer("reached", "answered")
-        return _failure(done, address)
+        return self._failure(done, address, socket.IPPROTO_UDP)
 
-    def dns(self, name: str, server: str, until: float) -> tuple[Answer, tuple[str, ...]]:
+    def dns(
+        self, name: str, servers: Sequence[str], until: float
+    ) -> tuple[Answer, tuple[str, ...]]:
+        """As Vantage.dns; without servers, those that the guest knows of are asked."""
+        server = servers[0] if servers else ""
         done = self._run(_DNS, name, server, _whole(until), until=until)
         if isinstance(done, Answer):
             return done, ()
@@ -104,7 +113,7 @@ class GuestVantage:
         if _NO_NAME.search(text) and "timed out" not in text:
             said = f"{server or 'its name server'} knows no address of it"
             return Answer("refused", said), ()
-        return _failure(done, server or "its name server"), ()
+        return self._failure(done, server or "its name server", socket.IPPROTO_UDP), ()
 
     def _run(self, script: str, *arguments: str, until: float) -> Completed | Answer:
         argv = ("/bin/sh", "-c", script, "sh", *arguments)
@@ -113,24 +122,23 @@ class GuestVantage:
         except NetorchError as error:
             return Answer("broken", error.message)
         if done is None:
-            return Answer("silent", "no answer")
+            return Completed(-1, b"", b"")
         if done.code == _MISSING:
             what = done.err.decode(errors="replace").strip()
             return Answer("broken", f"guest {self._inside.guest} has {what} to probe with")
         return done
 
-
-def _failure(done: Completed, address: str) -> Answer:
-    text = (done.err + done.out).decode(errors="replace")
-    if _REFUSED.search(text):
-        return Answer("refused", f"refused by or for {address}")
-    if _REJECTED.search(text):
-        return Answer("rejected", "rejected (ICMP unreachable)")
-    if _UNREACHABLE.search(text):
-        return Answer("unreachable", f"no route to {address}")
-    if _NO_NAME.search(text):
-        return Answer("unreachable", f"it finds no address of {address}")
-    return Answer("silent", "no answer")
+    def _failure(self, done: Completed, address: str, protocol: int) -> Answer:
+        if self._incoming and (turned := self._incoming.rejection(address, protocol)):
+            return rejected(turned.code, turned.by, "", address)
+        text = (done.err + done.out).decode(errors="replace")
+        if _REFUSED.search(text):
+            return Answer("refused", f"refused by {address}")
+        if _NO_NAME.search(text):
+            return Answer("unreachable", f"it finds no address of {address}")
+        if _UNREACHABLE.search(text):
+            return Answer("unreachable", f"no route to {address}, or nobody there")
+        return Answer("silent", "no answer")
 
 
 def _addresses(text: str) -> tuple[str, ...]:

@@ -77,8 +77,8 @@ class Listeners:
     ) -> None:
         self._stack.close()
 
-    def open(self, end: End) -> str:
-        """Listen there, unless somebody does; why that can't be done, or ""."""
+    def open(self, end: End) -> bool:
+        """Listen there; False if somebody does already. Raises NetorchError."""
         kind = socket.SOCK_STREAM if end.protocol == "tcp" else socket.SOCK_DGRAM
         try:
             with ExitStack() as inside:
@@ -95,27 +95,27 @@ class Listeners:
                     sock.listen(_BACKLOG)
                 unless_listening.pop_all()
         except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            return "" if taken else f"failed to listen at {end.address}: {error.strerror}"
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise NetorchError(f"failed to listen at {end.address}: {error.strerror}") from error
         self._stack.enter_context(sock)
         if kind == socket.SOCK_DGRAM:
             sock.setblocking(False)
             self._echoes.append(sock)
-        return ""
+        return True
 
-    def open_in_guest(self, end: End, inside: Inside, seconds: float) -> str:
-        """Listen in the guest, for `seconds` at most; why that can't be done, or ""."""
+    def open_in_guest(self, end: End, inside: Inside, seconds: float) -> bool:
+        """As `open`, in a guest, for TCP; for so many seconds at most."""
         argv = ("/bin/sh", "-c", _IN_GUEST, "sh", str(end.port), str(int(seconds) + 1))
-        try:
-            done = inside.run(argv, time.monotonic() + _SECONDS)
-        except NetorchError as error:
-            return error.message
+        done = inside.run(argv, time.monotonic() + _SECONDS)
         words = done.out.decode(errors="replace").split() if done else []
         if words[:1] == ["ready"]:
             self._stack.callback(inside.end, int(words[1]))
         elif words != ["used"]:
-            return f"guest {inside.guest} has neither busybox's nc nor python3 to listen with"
-        return ""
+            raise NetorchError(
+                f"guest {inside.guest} has neither busybox's nc nor python3 to listen with"
+            )
+        return words != ["used"]
 
     def echo(self) -> None:
         """Echo datagrams, in a thread, until the run ends."""

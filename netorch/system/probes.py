@@ -16,6 +16,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -93,8 +94,13 @@ class Vantage(NamedTuple):
         answer = self._ask(address, port, mark.token, until)
         return answer if isinstance(answer, Answer) else Answer("reached", f"echo in {answer[1]}")
 
-    def dns(self, name: str, server: str, until: float) -> tuple[Answer, tuple[str, ...]]:
-        """The answer, and the addresses in it: none with "refused", where the server knows none."""
+    def dns(
+        self, name: str, servers: Sequence[str], until: float
+    ) -> tuple[Answer, tuple[str, ...]]:
+        """What the first server says, and the addresses in it: with "refused" it knows none."""
+        if not servers:
+            return Answer("broken", "it has no name server of this lab to ask"), ()
+        server = servers[0]
         import dns.message
         import dns.rcode
         import dns.rdatatype
@@ -175,10 +181,11 @@ def _icmp(packet: bytes, sender: str, address: str, identity: int, began: float)
     quoted = message[8:]
     echo = quoted[(quoted[0] & 15) * 4 :]
     about_us = len(echo) >= 6 and echo[0] == 8 and echo[4:6] == identity.to_bytes(2)
-    return _rejection(code, sender, socket.inet_ntoa(packet[16:20]), address) if about_us else None
+    return rejected(code, sender, socket.inet_ntoa(packet[16:20]), address) if about_us else None
 
 
-def _rejection(code: int, sender: str, own: str, address: str) -> Answer:
+def rejected(code: int, sender: str, own: str, address: str) -> Answer:
+    """What ICMP's "destination unreachable" with this code says; `own` is the source's address."""
     if code == 1 and sender == own:  # the kernel to itself, when ARP has failed
         return Answer("unreachable", f"nobody answers ARP for {address}")
     reason = _REASONS.get(code, f"unreachable, code {code}")
@@ -195,7 +202,7 @@ def _refusal(sock: socket.socket, number: int, address: str) -> Answer:
         _, origin, kind, code, _, _ = _ERROR.unpack_from(data)
         if origin == _SO_EE_ORIGIN_ICMP and kind == _ICMP_UNREACHABLE:
             sender = socket.inet_ntoa(data[_ERROR.size + 4 : _ERROR.size + 8])
-            return _rejection(code, sender, sock.getsockname()[0], address)
+            return rejected(code, sender, sock.getsockname()[0], address)
     if number == errno.ECONNREFUSED:
         return Answer("refused", f"refused by {address} (TCP RST)")
     return _local(OSError(number, os.strerror(number)), address)
