@@ -257,20 +257,24 @@ class _Run:
     def _settled(
         self, question: Question, vantage: str, watch: _Watch, seconds: float, must: bool = False
     ) -> Answer:
-        """Try until it works, or, where it shall not, until that is clear; then the last answer."""
+        """Try until it works, or, where it shall not, until that is clear. Returns the last answer;
+        where the attempts ended in silence, the last that was more than that.
+        """
         patient = must or question.expect.reach
         until = time.monotonic() + seconds
+        told = None
         while True:
             began = time.monotonic()
             answer = self._attempt(question, vantage, watch, min(began + _ATTEMPT, until))
             if answer.kind in ("reached", "broken"):
                 return answer
-            if answer.kind != "silent" and not patient:
-                return answer
-            if time.monotonic() >= until:
-                return answer
             if answer.kind != "silent":
+                told = answer
+                if not patient:
+                    return answer
                 self.patience.wait(min(until, time.monotonic() + _PAUSE))
+            if time.monotonic() >= until:
+                return told or answer
 
     def _attempt(self, question: Question, node: str, watch: _Watch, until: float) -> Answer:
         if node != PLACE and node not in self.guests and not self.hosts.get(node):
