@@ -30,7 +30,7 @@ class Inside:
         self._patience = patience
         self._lock = threading.Lock()
         self._agent: Agent | None = None
-        self._interfaces: list[dict[str, Any]] | None = None
+        self._absent: NetorchError | None = None
 
     def close(self) -> None:
         with self._lock:
@@ -77,8 +77,14 @@ class Inside:
 
     def _ask(self, command: str, arguments: dict[str, object]) -> Any:
         with self._lock:
-            if self._agent is None:
-                self._agent = Agent(agent_path(self._scope, self.guest), self.guest)
+            if self._absent is not None:
+                raise self._absent  # found out once, by waiting for it; not by every probe again
+            try:
+                if self._agent is None:
+                    self._agent = Agent(agent_path(self._scope, self.guest), self.guest)
+            except NetorchError as error:
+                self._absent = error
+                raise
             try:
                 return self._agent.ask(command, arguments)
             except QmpError as error:

@@ -46,7 +46,9 @@ def test_page(page: Path, tmp_path: Path) -> None:
                 f"{page.name}: $ {command}\nshows:\n{expected}\nbut printed:\n{done.stdout}"
             )
     finally:
-        subprocess.run(["netorch", "teardown", "--all"], env=environment, check=True)
+        # By name: `--all` would mean those of everybody else who runs as this user as well.
+        for run in (tmp_path / "run").glob("*"):
+            subprocess.run(["netorch", "teardown", run.name], env=environment, check=True)
 
 
 def environment_for(tmp_path: Path) -> dict[str, str]:
