@@ -4,7 +4,7 @@ Each command imports what it needs when it runs: `--version` and `check` must st
 Python does. Reports go to stdout, progress and errors to stderr.
 
 Exit status: 0 done, in sync; 1 failed; 2 wrong usage or an invalid file; 3 differs (`plan`,
-`status`).
+`status`); 4 an expectation was not met (`verify`).
 """
 
 import os
@@ -19,6 +19,9 @@ from netorch import __version__
 from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from netorch.expectations import Verdict
     from netorch.model import Topology
 
 FILE = click.argument("file", type=click.Path(path_type=Path))
@@ -42,18 +45,30 @@ def cli() -> None:
 @cli.command()
 @FILE
 @PLACE
+@click.option("--verify", "and_verify", is_flag=True, help="Then prove its expectations.")
 @JSON
-def apply(file: Path, place: str, as_json: bool) -> None:
+def apply(file: Path, place: str, and_verify: bool, as_json: bool) -> None:
     """Bring up the lab that FILE describes, or change the running one to match."""
     from netorch import labs, report
 
     topology = _load(file)
     progress = report.Printer(sys.stderr, _quiet_signals)
     outcome = labs.apply(topology, str(file.resolve()), place, progress)  # type: ignore[arg-type]
-    if as_json:
-        report.json_out(report.plan_json(outcome))
-    else:
+    made = report.plan_json(outcome)
+    if not as_json:
         report.up(outcome, progress)
+    if and_verify:
+        from netorch.verify import verify
+
+        assert outcome.running is not None, "apply has brought it up"
+        verdicts = verify(outcome.running)
+        made["expectations"] = report.verdicts_json(verdicts)
+        if not as_json:
+            report.verdicts_text(outcome.lab, verdicts)
+    if as_json:
+        report.json_out(made)
+    if and_verify:
+        _exit_as_expected(verdicts)
 
 
 @cli.command()
@@ -98,6 +113,32 @@ def status(lab: str | None, as_json: bool) -> None:
     else:
         report.status_text(standing)
     sys.exit(0 if standing.in_sync else 3)
+
+
+@cli.command()
+@LAB
+@JSON
+@click.option(
+    "--junit", metavar="FILE", type=click.Path(path_type=Path), help="Write JUnit XML as well."
+)
+def verify(lab: str | None, as_json: bool, junit: Path | None) -> None:
+    """Prove what the lab's file expects: what reaches what, and what does not. Exit status 4: an
+    expectation was not met.
+    """
+    from netorch import labs, report
+    from netorch.verify import verify as prove
+
+    found = labs.find(lab)
+    verdicts = prove(found)
+    if junit is not None:
+        from netorch.junit import document
+
+        junit.write_text(document(found.name, verdicts), encoding="utf-8")
+    if as_json:
+        report.json_out(report.verdicts_json(verdicts))
+    else:
+        report.verdicts_text(found.name, verdicts)
+    _exit_as_expected(verdicts)
 
 
 @cli.command()
@@ -232,6 +273,10 @@ def _load(file: Path) -> "Topology":
     from netorch.topology import load
 
     return load(file)
+
+
+def _exit_as_expected(verdicts: "Sequence[Verdict]") -> NoReturn:
+    sys.exit(0 if all(verdict.ok for verdict in verdicts) else 4)
 
 
 def _complain(error: NetorchError) -> None:

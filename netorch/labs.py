@@ -65,6 +65,7 @@ class Outcome(msgspec.Struct, frozen=True):
     lab: str
     place: Place | None  # None: a private place that would have to be made
     plan: Plan
+    running: Lab | None = None  # the lab that `apply` brought up
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -149,7 +150,7 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
             if rundir.recorded(run) is None:
                 rundir.remove(lab.scope)
             raise
-        return Outcome(name, place, plan)
+        return Outcome(name, place, plan, lab)
 
 
 def prepare(topology: Topology, progress: Progress) -> None:
@@ -207,6 +208,21 @@ def status_inside(lab: Lab) -> Standing:
     if record is None:
         return Standing(lab, None, observed)
     return Standing(lab, _desired(lab, topology_of(record), record.source), observed)
+
+
+def intended(lab: Lab) -> tuple[Topology, State]:
+    """The topology that was last applied, and the State that it asks for. Moves into the lab's
+    place, unless this process is there.
+    """
+    if lab.place.private and current_place() != lab.place.inode:
+        enter(lab.place)
+    record = rundir.recorded(lab.run)
+    if record is None:
+        raise NetorchError(
+            f"the record of what lab {lab.name} should be is lost", "apply its file again"
+        )
+    topology = topology_of(record)
+    return topology, _desired(lab, topology, record.source)
 
 
 def teardown(lab: Lab, progress: Progress) -> list[str]:

@@ -17,6 +17,7 @@ INTERFACE = r"^[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,14}$(?!\n)"
 MAC = r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$(?!\n)"
 LEASE = r"^([0-9]{1,9}[smhdw]?|infinite)$(?!\n)"
 USER = r"^[^\s:\x00]{1,255}$(?!\n)"
+BY = r"^(ping|dhcp|(tcp|udp):[0-9]{1,5}|dns:[^\s\x00]{1,253})$(?!\n)"
 
 Name = Annotated[
     str,
@@ -39,6 +40,13 @@ Lease = Annotated[
     str, Meta(pattern=LEASE, description='a lease time such as "30m", "1h", "7d" or "infinite"')
 ]
 User = Annotated[str, Meta(pattern=USER, description="a user's name")]
+By = Annotated[
+    str,
+    Meta(
+        pattern=BY,
+        description='a probe: "ping", "tcp:PORT", "udp:PORT", "dns:NAME" or "dhcp"',
+    ),
+]
 Memory = Annotated[str, Meta(description='an amount of memory such as "256M" or "1G"')]
 Mode = Literal["nat", "route", "open", "isolated", "bridge"]
 Model = Literal["virtio-net-pci", "e1000", "rtl8139"]
@@ -131,6 +139,17 @@ class Taps(_Table, frozen=True):
     queues: Annotated[int, Meta(ge=1, le=256)] = 1
 
 
+class Expect(_Table, frozen=True, rename={"from_": "from"}):
+    """`[[expect]]`: what must reach what, and what must not."""
+
+    from_: str | tuple[str, ...]  # nodes, or "network:NAME": all nodes there
+    to: str | None = None  # a node, "gateway", an address or a DNS name
+    by: By = "ping"
+    reach: bool = True
+    seen_as: str | None = None
+    within: Annotated[int, Meta(ge=1, le=3600)] | None = None  # seconds: 10, without reach 2
+
+
 class Topology(_Table, frozen=True):
     """A whole file."""
 
@@ -139,6 +158,7 @@ class Topology(_Table, frozen=True):
     guests: dict[Name, Guest] = {}
     hosts: dict[Name, Host] = {}
     taps: dict[Name, Taps] = {}
+    expect: tuple[Expect, ...] = ()
 
     @property
     def name(self) -> str:

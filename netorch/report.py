@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from netorch.engine import Progress
+from netorch.expectations import Verdict
 from netorch.labs import Lab, Outcome, Standing, topology_of
 from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Resource
@@ -204,6 +205,39 @@ def hops_text(hops: "Sequence[Hop]") -> None:
 def hops_json(hops: "Sequence[Hop]") -> list[dict[str, Any]]:
     """`[{"name", "ok", "detail"}]`, in the order in which a packet meets them."""
     return [msgspec.to_builtins(hop) for hop in hops]
+
+
+def verdicts_text(lab: str, verdicts: Sequence[Verdict]) -> None:
+    """A line for each: what was expected, and what was observed."""
+    for verdict in verdicts:
+        sign = click.style("ok  ", fg="green") if verdict.ok else click.style("FAIL", fg="red")
+        wanted = "" if verdict.question.expect.reach else " (must not)"
+        click.echo(f"{sign} {verdict.question.title}{wanted}: {verdict.observed}")
+        for line in verdict.because.splitlines():
+            click.echo(f"     {line}")
+    failed = sum(not verdict.ok for verdict in verdicts)
+    if not verdicts:
+        click.echo(f"lab {lab} expects nothing: its file has no [[expect]]")
+    elif failed:
+        click.echo(f"lab {lab}: {failed} of {len(verdicts)} expectations are not met")
+
+
+def verdicts_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """`[{"from", "to", "by", "reach", "seen_as", "ok", "observed", "because", "seconds"}]`."""
+    return [
+        {
+            "from": verdict.question.source,
+            "to": verdict.question.expect.to,
+            "by": verdict.question.expect.by,
+            "reach": verdict.question.expect.reach,
+            "seen_as": verdict.question.expect.seen_as,
+            "ok": verdict.ok,
+            "observed": verdict.observed,
+            "because": verdict.because,
+            "seconds": verdict.seconds,
+        }
+        for verdict in verdicts
+    ]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

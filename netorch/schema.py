@@ -12,6 +12,7 @@ DESCRIPTIONS = {
     "Topology.guests": "Guests by name: QEMU virtual machines.",
     "Topology.hosts": "Hosts by name: network namespaces that play machines.",
     "Topology.taps": "Taps for virtual machines that netorch does not start.",
+    "Topology.expect": "What must reach what, and what must not; `netorch verify` proves it.",
     "Lab.name": "The lab's name; by default the file's name without .toml.",
     "Lab.place": "Where the lab lives: the current network namespace or one of its own.",
     "Lab.uplink": "What connects a private place to the outside.",
@@ -51,6 +52,12 @@ DESCRIPTIONS = {
     "Taps.count": "How many; they are called NAME0, NAME1, ...",
     "Taps.owner": "The user, by name or number, who may open them; by default root alone.",
     "Taps.queues": "Queues of each tap.",
+    "Expect.from": "The guest or host that tries, several of them, or network:NAME for all there.",
+    "Expect.to": "A guest or host, gateway, an IPv4 address, or a DNS name.",
+    "Expect.by": "How: ping, tcp:PORT, udp:PORT, dns:NAME or dhcp.",
+    "Expect.reach": "Whether it must get there, or must not.",
+    "Expect.seen_as": "The source address that the far side has to see.",
+    "Expect.within": "Seconds until it must have worked, or for which it must not; 10 and 2.",
 }
 
 

@@ -7,13 +7,14 @@ A mistake is reported once: what follows from a value that is reported already (
 address that can't be read) is left out.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from ipaddress import IPv4Address, IPv4Interface
 from typing import TypeVar
 
 from netorch.errors import Finding, Key, dotted, quoted
 from netorch.model import Dhcp, Guest, HostNic, Network, Nic, Topology
 from netorch.topology_clashes import clashes, overlaps
+from netorch.topology_expect import expectations
 from netorch.topology_values import (
     Wrong,
     address,
@@ -22,6 +23,7 @@ from netorch.topology_values import (
     lease_seconds,
     machine,
     memory_mib,
+    nearest,
 )
 
 T = TypeVar("T")
@@ -34,15 +36,6 @@ MIN_LEASE = 120  # seconds: dnsmasq makes a shorter one that long
 def check(topology: Topology, broken: Collection[Key] = ()) -> list[Finding]:
     """All mistakes in `topology` but those that rest on the values at `broken`."""
     return _Checks(topology, broken).run()
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that looks most like `name`, or ""."""
-    import difflib  # costs 8 ms, and most files have no mistake
-
-    by_lower = {word.lower(): word for word in known}
-    close = difflib.get_close_matches(name.lower()[:80], by_lower, n=1)
-    return by_lower[close[0]] if close else ""
 
 
 class _Checks:
@@ -71,6 +64,8 @@ class _Checks:
             self._room(name, network)
         for finding in (*overlaps(self.subnets), *clashes(self.topology)):
             self.say(*finding)
+        for path, message, hint, because in expectations(self.topology):
+            self.say(path, message, hint, *because)
         return self.findings
 
     def say(self, path: Key, message: str, hint: str = "", *because: Key) -> None:

@@ -13,7 +13,7 @@ from msgspec import inspect
 
 from netorch.errors import Finding, Key, quoted
 from netorch.model import Topology
-from netorch.topology_checks import nearest
+from netorch.topology_values import nearest
 
 _WRONG = object()
 
@@ -172,7 +172,13 @@ def _option_words(kind: inspect.Type) -> list[str]:
         return ["a string"]
     if isinstance(kind, inspect.TupleType):
         return ["an array of two strings"]
-    return ["an array of tables" if isinstance(kind, inspect.VarTupleType) else "a table"]
+    if isinstance(kind, inspect.VarTupleType):
+        return [f"an array of {'strings' if _holds_strings(kind) else 'tables'}"]
+    return ["a table"]
+
+
+def _holds_strings(kind: inspect.VarTupleType) -> bool:
+    return isinstance(_bare(kind.item_type), inspect.StrType)
 
 
 def _description(kind: inspect.Metadata) -> tuple[str, str]:

@@ -21,6 +21,7 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "`[hosts.NAME]`": model.Host,
     "`nics` of a host": model.HostNic,
     "`[taps.NAME]`": model.Taps,
+    "`[[expect]]`": model.Expect,
 }
 
 
@@ -48,7 +49,7 @@ def test_every_table_of_the_file_has_a_section() -> None:
 def test_every_key_is_there_with_its_default(title: str) -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+?) \| (.+) \|$", sections()[title], re.MULTILINE)
     page = {key: default for key, _, default, _ in rows}
-    fields = {field.name: field.default for field in msgspec.structs.fields(TABLES[title])}
+    fields = {field.encode_name: field.default for field in msgspec.structs.fields(TABLES[title])}
     assert page.keys() == fields.keys()
     for key, default in page.items():
         assert default in said(fields[key]), key
@@ -75,7 +76,7 @@ def test_the_examples_show_every_key() -> None:
     shown = "\n".join(blocks())
     for table in TABLES.values():
         for field in msgspec.structs.fields(table):
-            assert re.search(rf"\b{field.name}\b", shown), f"{table.__name__}.{field.name}"
+            assert re.search(rf"\b{field.encode_name}\b", shown), f"{table.__name__}.{field.name}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "topologies").glob("*.toml")), ids=lambda p: p.stem)

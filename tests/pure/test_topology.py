@@ -236,6 +236,7 @@ WORDS = st.one_of(
                 "10.0.0.0/33",
             ),
             *("52:54:00:00:00:01", "1h", "infinite", "256M", "~", "all", "vm1", "lan"),
+            *("network:lan", "network:", "gateway"),
         ]
     ),
     st.text(st.characters(codec="utf-8"), max_size=6),
@@ -245,7 +246,7 @@ SCALARS = WORDS | st.integers(-5, 3000) | st.booleans() | st.floats() | st.dates
 
 def table(kind: type[msgspec.Struct], **known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """Tables with some keys of the kind, mostly of the right type, and now and then a stranger."""
-    names = [field.name for field in msgspec.structs.fields(kind)]
+    names = [field.encode_name for field in msgspec.structs.fields(kind)]
     keys = {name: known.get(name, SCALARS) for name in names}
     tables = st.fixed_dictionaries({}, optional={**keys, "nmae": SCALARS})
     return st.one_of(tables, tables, tables, SCALARS)
@@ -258,6 +259,12 @@ def named(item: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 DHCP = table(model.Dhcp, range=st.lists(WORDS, min_size=1, max_size=3))
 NICS = st.lists(table(model.Nic), max_size=3)
 HOST_NICS = st.lists(table(model.HostNic), max_size=3)
+EXPECT = table(
+    model.Expect,
+    **{"from": WORDS | st.lists(WORDS, max_size=2)},
+    to=WORDS | st.sampled_from(["gateway", "a.example"]),
+    by=st.sampled_from(["ping", "tcp:0", "udp:53", "dns:a", "dns:-", "dhcp", "pong"]),
+)
 DOCUMENTS = table(
     model.Topology,
     lab=table(model.Lab),
@@ -265,6 +272,7 @@ DOCUMENTS = table(
     guests=named(table(model.Guest, nics=NICS)),
     hosts=named(table(model.Host, nics=HOST_NICS)),
     taps=named(table(model.Taps)),
+    expect=st.lists(EXPECT, max_size=3),
 ).filter(lambda document: isinstance(document, dict))
 
 
