@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from netorch import engine
+from netorch.bridging import named_interfaces, refuse_in_private, warn_of_managers
 from netorch.compiler import compile
 from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError, UsageError
@@ -90,8 +91,13 @@ class Standing(msgspec.Struct, frozen=True):
         return self.desired is not None and not diff(self.desired, self.observed)
 
 
-def machine(scope: Scope, report: Callable[[str], None] = lambda line: None) -> System:
+def machine(
+    scope: Scope,
+    report: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> System:
     """The adapters of all resources, over the namespaces that this process is in."""
+    from netorch.system.bridge_uplinks import BridgeUplinks
     from netorch.system.disks import Overlays
     from netorch.system.firewall import Firewall
     from netorch.system.guests import Guests
@@ -104,6 +110,7 @@ def machine(scope: Scope, report: Callable[[str], None] = lambda line: None) -> 
             rundir.Records(scope),
             Hosts(scope),
             Links(scope),
+            BridgeUplinks(scope, warn),
             Firewall(scope),
             Dnsmasqs(scope),
             DhcpClients(scope),
@@ -130,6 +137,7 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
         place = _find(topology, choice)
         made = place is None
         if place is None:
+            refuse_in_private(topology)
             place = create_private(name, run, topology.lab.uplink, _uplink_subnet(topology))
         lab = Lab(name, place, run, disks_base() / name)
         try:
@@ -158,6 +166,7 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     run = run_base() / name
     place = _find(topology, choice)
     if place is None:
+        refuse_in_private(topology)
         desired = compile(topology, _fresh_facts(topology), run, TABLE_PREFIX + name, source)
         return Outcome(name, None, diff(desired, EMPTY))
     lab = Lab(name, place, run, disks_base() / name)
@@ -259,9 +268,11 @@ def _apply_here(lab: Lab, topology: Topology, source: str, progress: Progress) -
         if plan and desired.of(Ruleset):
             for drop in foreign_drops():
                 progress.warn(drop)
+        warn_of_managers(plan, progress)
         wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
 
-    return engine.apply(machine(lab.scope, progress.waiting), desired, progress, ready)
+    system = machine(lab.scope, progress.waiting, progress.warn)
+    return engine.apply(system, desired, progress, ready)
 
 
 def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
@@ -318,7 +329,7 @@ def _was_private(run: Path) -> bool:
 def _desired(lab: Lab, topology: Topology, source: str) -> State:
     from netorch.system.facts import observe_facts
 
-    facts = _with_names(observe_facts(lab.scope), topology)
+    facts = _with_names(observe_facts(lab.scope, named_interfaces(topology)), topology)
     return compile(topology, facts, lab.run, lab.scope.table, source)
 
 

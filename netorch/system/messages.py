@@ -24,10 +24,12 @@ from netorch.system.netlink import HEADER
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
+NEWLINKPROP, DELLINKPROP = 108, 109
 EXCLUSIVE, CREATE, APPEND = 0x200, 0x400, 0x800
 
 _IFF_UP = 0x1
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_IFALIAS = 1, 3, 20
+_IFLA_PROP_LIST, _IFLA_ALT_IFNAME, _NESTED = 52, 53, 0x8000
 _STATIC = 4  # RTPROT_STATIC, what an administrator's routes have
 
 # An attribute as pyroute2 names it; a tuple of attributes as the value makes it a nested one.
@@ -89,6 +91,15 @@ def veth(
     ]
     attrs = [("IFLA_IFNAME", name), *attributes, ("IFLA_LINKINFO", {"attrs": info})]
     return _encode("link", NEWLINK, CREATE | EXCLUSIVE, {"index": index}, attrs)
+
+
+def alternative_name(kind: int, index: int, name: str) -> bytearray:
+    """RTM_NEWLINKPROP or RTM_DELLINKPROP: one more name of a link, of up to 127 bytes."""
+    inner = _attribute(_IFLA_ALT_IFNAME, name.encode() + b"\0")
+    body = struct.pack("=BxHiII", 0, 0, index, 0, 0)
+    body += _attribute(_IFLA_PROP_LIST | _NESTED, inner)
+    flags = CREATE | EXCLUSIVE | APPEND if kind == NEWLINKPROP else 0
+    return bytearray(HEADER.pack(HEADER.size + len(body), kind, flags, 0, 0) + body)
 
 
 def delete_link(index: int) -> bytearray:

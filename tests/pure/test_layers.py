@@ -14,7 +14,7 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"report", "nodes"},
-    {"labs"},
+    {"labs", "bridging"},
     {"engine"},
     {"system"},
     {"planner"},
@@ -22,7 +22,7 @@ LAYERS = (
     {"addresses", "networks", "guests", "topology", "schema"},
     {"topology_checks", "topology_clashes", "topology_shape", "topology_values", "toml_lines"},
     {"state"},
-    {"resources", "facts", "names"},
+    {"resources", "resource", "facts", "names"},
     {"model"},
     {"errors", "__init__"},
 )
