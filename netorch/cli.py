@@ -43,17 +43,38 @@ def cli() -> None:
 @FILE
 @PLACE
 @JSON
-def apply(file: Path, place: str, as_json: bool) -> None:
+@click.option(
+    "--confirm",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Put everything back after SECONDS unless `netorch confirm` comes first.",
+)
+def apply(file: Path, place: str, as_json: bool, confirm: float | None) -> None:
     """Bring up the lab that FILE describes, or change the running one to match."""
     from netorch import labs, report
 
     topology = _load(file)
     progress = report.Printer(sys.stderr, _quiet_signals)
-    outcome = labs.apply(topology, str(file.resolve()), place, progress)  # type: ignore[arg-type]
+    source = str(file.resolve())
+    outcome = labs.apply(topology, source, place, progress, confirm)  # type: ignore[arg-type]
     if as_json:
         report.json_out(report.plan_json(outcome))
     else:
-        report.up(outcome, progress)
+        report.up(outcome, progress, confirm)
+
+
+@cli.command()
+@LAB
+def confirm(lab: str | None) -> None:
+    """Keep what `apply --confirm` has changed."""
+    from netorch import labs
+    from netorch.system.confirmation import confirm as keep
+
+    found = labs.find(lab)
+    if keep(found.name, found.run):
+        click.echo(f"lab {found.name} stays as it is")
+    else:
+        click.echo(f"lab {found.name} stays as it is: its watchdog had ended before")
 
 
 @cli.command()

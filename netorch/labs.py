@@ -23,7 +23,8 @@ from netorch.model import Topology
 from netorch.planner import Plan, diff
 from netorch.resources import Record, Resource, Ruleset
 from netorch.state import EMPTY, State
-from netorch.system import System, rundir
+from netorch.system import System, confirmation, rundir
+from netorch.system.confirmation import Pending, Watchdog
 from netorch.system.places import (
     Place,
     create_private,
@@ -74,6 +75,7 @@ class Standing(msgspec.Struct, frozen=True):
     lab: Lab
     desired: State | None
     observed: State
+    pending: Pending | None = None  # a confirmation
 
     def rows(self) -> list[tuple[str, str, Resource]]:
         """(ok | missing | changed | stray, key, resource), in the order of the desired state."""
@@ -120,20 +122,33 @@ def machine(
     )
 
 
-def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progress) -> Outcome:
+def apply(
+    topology: Topology,
+    source: str,
+    choice: PlaceChoice,
+    progress: Progress,
+    confirm: float | None = None,
+) -> Outcome:
     """Make the lab be what the topology says, and wait until its guests and hosts have their
     addresses.
+
+    With `confirm`, everything goes back after that many seconds unless a confirmation comes first
+    (`netorch.system.confirmation`).
 
     Raises ConflictError before the first change, ApplyError after the rollback, ReadyError if all
     was made but a guest didn't come to life in time (the lab stays up for a look).
     """
     name = topology.name
     run = run_base() / name
+    confirmation.refuse_while_pending(name, run)
     if any(guest.image == "tiny" for guest in topology.guests.values()):
         from netorch.system.tiny import tiny_image
 
         tiny_image(progress.waiting)  # here: a place without a way out can't download its parts
-    with rundir.locked(run):
+    with (
+        rundir.locked(run),
+        confirmation.guarded(_outside(name, run), confirm, choice) as watchdog,
+    ):
         place = _find(topology, choice)
         made = place is None
         if place is None:
@@ -144,7 +159,7 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
             if place.private:
                 enter(place)
             _refuse_a_twin(lab)
-            plan = _apply_here(lab, topology, source, progress)
+            plan = _apply_here(lab, topology, source, progress, watchdog)
         except ReadyError:
             raise
         except BaseException:
@@ -180,13 +195,14 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
 
 def status(lab: Lab) -> Standing:
     """Compare the lab with the topology that was last applied. Moves into the lab's place."""
+    waiting = confirmation.pending(lab.name, lab.run)
     if lab.place.private:
         enter(lab.place)
     observed = machine(lab.scope).observe()
     record = rundir.recorded(lab.run)
     if record is None:
-        return Standing(lab, None, observed)
-    return Standing(lab, _desired(lab, topology_of(record), record.source), observed)
+        return Standing(lab, None, observed, waiting)
+    return Standing(lab, _desired(lab, topology_of(record), record.source), observed, waiting)
 
 
 def teardown(lab: Lab, progress: Progress) -> list[str]:
@@ -194,6 +210,7 @@ def teardown(lab: Lab, progress: Progress) -> list[str]:
     from netorch.system.processes import end, marked
 
     with rundir.locked(lab.run):
+        confirmation.call_off(lab.name, lab.run)
         if lab.place.private:
             destroy(lab.place)
             errors: list[str] = []
@@ -258,10 +275,18 @@ def topology_of(record: Record) -> Topology:
     return msgspec.json.decode(record.text, type=Topology)
 
 
-def _apply_here(lab: Lab, topology: Topology, source: str, progress: Progress) -> Plan:
+def _apply_here(
+    lab: Lab,
+    topology: Topology,
+    source: str,
+    progress: Progress,
+    watchdog: Watchdog | None,
+) -> Plan:
     desired = _desired(lab, topology, source)
 
     def ready(plan: Plan) -> None:
+        if watchdog is not None:
+            (watchdog.applied if plan else watchdog.cancel)()
         from netorch.system.firewall import foreign_drops
         from netorch.system.leases import wait_ready
 
@@ -273,6 +298,11 @@ def _apply_here(lab: Lab, topology: Topology, source: str, progress: Progress) -
 
     system = machine(lab.scope, progress.waiting, progress.warn)
     return engine.apply(system, desired, progress, ready)
+
+
+def _outside(name: str, run: Path) -> Scope:
+    """The scope of what belongs to a lab and runs where netorch was called."""
+    return Scope(lab=name, place=current_place(), run=run, disks=disks_base() / name)
 
 
 def _find(topology: Topology, choice: PlaceChoice) -> Place | None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "netorch"
 # From the top. A module may import those of its own layer and of the layers below.
 LAYERS = (
     {"__main__"},
-    {"cli"},
+    {"cli", "watchdog"},
     {"report", "nodes"},
     {"labs", "bridging"},
     {"engine"},
