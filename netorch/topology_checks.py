@@ -116,8 +116,6 @@ class _Checks:
             self.say(
                 where, f'mode "{network.mode}" has no uplink', 'for mode "nat" or "route"', mode
             )
-        if network.uplink == bridge_name(str(path[1]), network):
-            self.say(where, "is the network's own bridge", "the interface that leads outside")
         bridged = {n.uplink: name for name, n in self.topology.networks.items() if _takes_in(n)}
         if network.uplink in bridged and not _takes_in(network):
             other = bridged[network.uplink]
