@@ -47,16 +47,23 @@ def cli() -> None:
 @PLACE
 @click.option("--verify", "and_verify", is_flag=True, help="Then prove its expectations.")
 @JSON
-def apply(file: Path, place: str, and_verify: bool, as_json: bool) -> None:
+@click.option(
+    "--confirm",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Put everything back after SECONDS unless `netorch confirm` comes first.",
+)
+def apply(file: Path, place: str, and_verify: bool, as_json: bool, confirm: float | None) -> None:
     """Bring up the lab that FILE describes, or change the running one to match."""
     from netorch import labs, report
 
     topology = _load(file)
     progress = report.Printer(sys.stderr, _quiet_signals)
-    outcome = labs.apply(topology, str(file.resolve()), place, progress)  # type: ignore[arg-type]
+    source = str(file.resolve())
+    outcome = labs.apply(topology, source, place, progress, confirm)  # type: ignore[arg-type]
     made = report.plan_json(outcome)
     if not as_json:
-        report.up(outcome, progress)
+        report.up(outcome, progress, confirm)
     if and_verify:
         from netorch.verify import verify
 
@@ -69,6 +76,20 @@ def apply(file: Path, place: str, and_verify: bool, as_json: bool) -> None:
         report.json_out(made)
     if and_verify:
         _exit_as_expected(verdicts)
+
+
+@cli.command()
+@LAB
+def confirm(lab: str | None) -> None:
+    """Keep what `apply --confirm` has changed."""
+    from netorch import labs
+    from netorch.system.confirmation import confirm as keep
+
+    found = labs.find(lab)
+    if keep(found.name, found.run):
+        click.echo(f"lab {found.name} stays as it is")
+    else:
+        click.echo(f"lab {found.name} stays as it is: its watchdog had ended before")
 
 
 @cli.command()

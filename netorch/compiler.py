@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
-from netorch.facts import Facts
+from netorch.facts import Facts, Interface
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
 from netorch.names import bridge_name, tap_name, tap_names, veth_name
 from netorch.networks import (
@@ -24,6 +24,7 @@ from netorch.networks import (
 )
 from netorch.resources import (
     Bridge,
+    BridgeUplink,
     DhcpClient,
     Dnsmasq,
     Forwarding,
@@ -69,7 +70,12 @@ class _Compiler:
         for host in self.topology.hosts:
             yield Namespace(host=host)
         for name, segment in self.segments.items():
+            network = self.topology.networks[name]
+            if network.external:
+                continue
             yield self._bridge(name, segment)
+            if network.mode == "bridge" and network.uplink:
+                yield BridgeUplink(network=name, name=network.uplink, bridge=segment.bridge)
         for name, taps in self.topology.taps.items():
             yield from self._taps(name, taps)
         for name, guest in self.topology.guests.items():
@@ -92,35 +98,52 @@ class _Compiler:
     def _bridge(self, name: str, segment: Segment) -> Bridge:
         network = self.topology.networks[name]
         gateway = self.gateways[name]
+        uplink = self._taken_in(network)
+        derived = uplink.mac if uplink else self.macs.of(f"network {name}")
         return Bridge(
             network=name,
             name=segment.bridge,
-            mac=network.mac.lower() if network.mac else self.macs.of(f"network {name}"),
+            mac=network.mac.lower() if network.mac else derived,
             mtu=segment.mtu,
             addresses=(str(gateway),) if gateway else (),
             # A bridge with an address of the lab's own LAN is a way out for its other networks.
-            forwarding=network.mode in ("nat", "route", "open") or self._is_lan(name),
+            forwarding=network.mode in ("nat", "route", "open")
+            or self._is_lan(name)
+            or (uplink is not None and uplink.forwarding),
             stp=network.stp,
+            uplink=(network.uplink or "") if network.mode == "bridge" else "",
         )
+
+    def _taken_in(self, network: Network) -> Interface | None:
+        """The interface of which a bridged network takes the MAC, the MTU, and its place."""
+        if network.mode != "bridge" or network.uplink is None:
+            return None
+        return self.facts.interfaces.get(network.uplink)
 
     def _is_lan(self, name: str) -> bool:
         """Is this a bridged network that the lab's routed ones may leave by?"""
         routed = any(n.mode in ("nat", "route", "open") for n in self.topology.networks.values())
-        return (
-            self.topology.networks[name].mode == "bridge" and bool(self.gateways[name]) and routed
-        )
+        network = self.topology.networks[name]
+        member = bool(self.gateways[name] or network.uplink)
+        return network.mode == "bridge" and member and routed
 
     def _uplinks(self) -> list[str]:
         """Foreign interfaces that traffic of the lab leaves by; forwarding has to be on for the
         replies.
         """
         found: dict[str, None] = {}
-        for network in self.topology.networks.values():
+        networks = self.topology.networks.values()
+        taken_in = [n.uplink for n in networks if n.mode == "bridge"]
+        ours = [bridge for name, bridge in self.bridges.items() if not self._is_external(name)]
+        for network in networks:
             if network.mode not in ("nat", "route", "open"):
                 continue
             names = [network.uplink] if network.uplink else [u.name for u in self.facts.uplinks]
-            found.update(dict.fromkeys(name for name in names if name not in self.bridges.values()))
+            found.update(dict.fromkeys(n for n in names if n not in ours and n not in taken_in))
         return list(found)
+
+    def _is_external(self, network: str) -> bool:
+        return self.topology.networks[network].external
 
     def _segment(self, name: str) -> Segment:
         network = self.topology.networks[name]
@@ -146,6 +169,10 @@ class _Compiler:
     def _mtu(self, network: Network) -> int:
         if network.mtu:
             return network.mtu
+        if network.external and network.bridge in self.facts.interfaces:
+            return self.facts.interfaces[network.bridge].mtu
+        if uplink := self._taken_in(network):
+            return uplink.mtu
         if network.mode in ("isolated", "bridge"):
             return 1500
         ways_out = [u.mtu for u in self.facts.uplinks if network.uplink in (None, u.name)]
@@ -218,7 +245,7 @@ class _Compiler:
         return Tap(
             id=id,
             name=name,
-            network=network,
+            network="" if self._is_external(network) else network,
             bridge=self.bridges[network],
             mac="fe" + (mac or self.macs.of(f"tap {id}"))[2:],
             mtu=self.segments[network].mtu,
@@ -238,7 +265,7 @@ class _Compiler:
             yield Veth(
                 id=f"{name}:{index}",
                 name=veth_name(name, index),
-                network=nic.network,
+                network="" if self._is_external(nic.network) else nic.network,
                 bridge=segment.bridge,
                 host=name,
                 device=f"eth{index}",

@@ -10,6 +10,14 @@ class Uplink(msgspec.Struct, frozen=True):
     mtu: int
 
 
+class Interface(msgspec.Struct, frozen=True):
+    """An interface that the file names: a bridge's uplink, or a bridge of somebody else's."""
+
+    mac: str
+    mtu: int
+    forwarding: bool = False
+
+
 class Facts(msgspec.Struct, frozen=True):
     """The machine as far as a topology depends on it; by default one with nothing on it."""
 
@@ -19,6 +27,8 @@ class Facts(msgspec.Struct, frozen=True):
     uplinks: tuple[Uplink, ...] = ()
     # The lab's own networks that are there: name -> a.b.c.d/len of the bridge.
     addresses: dict[str, str] = {}
+    # The interfaces that the file names, as far as they are there.
+    interfaces: dict[str, Interface] = {}
     # What words of the file stand for here: a user's uid, and an image's format by its path.
     users: dict[str, int] = {}
     formats: dict[str, str] = {}

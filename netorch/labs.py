@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from netorch import engine
+from netorch.bridging import named_interfaces, refuse_in_private, warn_of_managers
 from netorch.compiler import compile
 from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError, UsageError
@@ -22,7 +23,8 @@ from netorch.planner import Plan, diff
 from netorch.resources import Record, Resource, Ruleset
 from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, uplink_subnet, with_names
-from netorch.system import Adapter, System, rundir
+from netorch.system import Adapter, System, confirmation, rundir
+from netorch.system.confirmation import Pending, Watchdog
 from netorch.system.places import (
     Place,
     create_private,
@@ -74,6 +76,7 @@ class Standing(msgspec.Struct, frozen=True):
     lab: Lab
     desired: State | None
     observed: State
+    pending: Pending | None = None  # a confirmation
 
     def rows(self) -> list[tuple[str, str, Resource]]:
         """(ok | missing | changed | stray, key, resource), in the order of the desired state."""
@@ -94,11 +97,13 @@ class Standing(msgspec.Struct, frozen=True):
 def machine(
     scope: Scope,
     report: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None] = lambda line: None,
     only: Set[type[Resource]] | None = None,
 ) -> System:
     """The adapters of all resources, or of `only` these, over the namespaces that this process is
     in.
     """
+    from netorch.system.bridge_uplinks import BridgeUplinks
     from netorch.system.disks import Overlays
     from netorch.system.firewall import Firewall
     from netorch.system.guests import Guests
@@ -110,6 +115,7 @@ def machine(
         rundir.Records(scope),
         Hosts(scope),
         Links(scope),
+        BridgeUplinks(scope, warn),
         Firewall(scope),
         Dnsmasqs(scope),
         DhcpClients(scope),
@@ -121,16 +127,29 @@ def machine(
     return System(adapters)
 
 
-def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progress) -> Outcome:
+def apply(
+    topology: Topology,
+    source: str,
+    choice: PlaceChoice,
+    progress: Progress,
+    confirm: float | None = None,
+) -> Outcome:
     """Make the lab be what the topology says, and wait until its guests and hosts have their
     addresses.
+
+    With `confirm`, everything goes back after that many seconds unless a confirmation comes first
+    (`netorch.system.confirmation`).
 
     Raises ConflictError before the first change, ApplyError after the rollback, ReadyError if all
     was made but a guest didn't come to life in time (the lab stays up for a look).
     """
     name = topology.name
+    confirmation.refuse_while_pending(name, _run_of(name))
     prepare(topology, progress)
-    with rundir.locked(_run_of(name)) as run:
+    with (
+        rundir.locked(_run_of(name)) as run,
+        confirmation.guarded(_outside(name, run), confirm, choice) as watchdog,
+    ):
         place = _find(topology, choice)
         made = place is None
         if place is None:
@@ -140,7 +159,7 @@ def apply(topology: Topology, source: str, choice: PlaceChoice, progress: Progre
             if place.private:
                 enter(place)
             _refuse_a_twin(lab)
-            plan = _apply_here(lab, topology, source, progress)
+            plan = _apply_here(lab, topology, source, progress, watchdog)
         except ReadyError:
             raise
         except BaseException:
@@ -171,7 +190,7 @@ def apply_inside(
     there but what was asked for.
     """
     _note_place(lab)
-    return _apply_here(lab, topology, source, progress, fresh)
+    return _apply_here(lab, topology, source, progress, fresh=fresh)
 
 
 def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
@@ -182,6 +201,7 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     name = topology.name
     place = _find(topology, choice)
     if place is None:
+        refuse_in_private(topology)
         facts = fresh_facts(topology)
         desired = compile(topology, facts, run_base() / name, TABLE_PREFIX + name, source)
         return Outcome(name, None, diff(desired, EMPTY))
@@ -196,18 +216,19 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
 
 def status(lab: Lab) -> Standing:
     """Compare the lab with the topology that was last applied. Moves into the lab's place."""
+    waiting = confirmation.pending(lab.name, lab.run)
     if lab.place.private:
         enter(lab.place)
-    return status_inside(lab)
+    return status_inside(lab, waiting)
 
 
-def status_inside(lab: Lab) -> Standing:
+def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     """As `status`, in a process that is in the lab's place."""
     observed = machine(lab.scope).observe()
     record = rundir.recorded(lab.run)
     if record is None:
-        return Standing(lab, None, observed)
-    return Standing(lab, _desired(lab, topology_of(record), record.source), observed)
+        return Standing(lab, None, observed, waiting)
+    return Standing(lab, _desired(lab, topology_of(record), record.source), observed, waiting)
 
 
 def intended(lab: Lab) -> tuple[Topology, State]:
@@ -231,6 +252,7 @@ def teardown(lab: Lab, progress: Progress) -> list[str]:
     from netorch.system.processes import end, marked
 
     with rundir.locked(lab.run):
+        confirmation.call_off(lab.name, lab.run)
         if lab.place.private:
             # Looked for again: while this waited for the lock, an apply may have made it.
             destroy(private_places().get(lab.name, lab.place))
@@ -299,7 +321,12 @@ def topology_of(record: Record) -> Topology:
 
 
 def _apply_here(
-    lab: Lab, topology: Topology, source: str, progress: Progress, fresh: bool = False
+    lab: Lab,
+    topology: Topology,
+    source: str,
+    progress: Progress,
+    watchdog: Watchdog | None = None,
+    fresh: bool = False,
 ) -> Plan:
     if fresh and lab.place.uplink == "none":
         facts = with_names(Facts(), topology)  # there is nothing but lo
@@ -308,17 +335,25 @@ def _apply_here(
         desired = _desired(lab, topology, source)
 
     def ready(plan: Plan) -> None:
+        if watchdog is not None:
+            (watchdog.applied if plan else watchdog.cancel)()
         from netorch.system.firewall import foreign_drops
         from netorch.system.leases import wait_ready
 
         if plan and desired.of(Ruleset):
             for drop in foreign_drops():
                 progress.warn(drop)
+        warn_of_managers(plan, progress)
         wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
 
     only = {type(resource) for resource in desired} if fresh else None
-    adapters = machine(lab.scope, progress.waiting, only)
+    adapters = machine(lab.scope, progress.waiting, progress.warn, only)
     return engine.apply(adapters, desired, progress, ready, EMPTY if fresh else None)
+
+
+def _outside(name: str, run: Path) -> Scope:
+    """The scope of what belongs to a lab and runs where netorch was called."""
+    return Scope(lab=name, place=current_place(), run=run, disks=disks_base() / name)
 
 
 def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
@@ -345,6 +380,7 @@ def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
 
 def _create_private(topology: Topology, run: Path) -> Place:
     name = topology.name
+    refuse_in_private(topology)
     try:
         return create_private(name, run, topology.lab.uplink, uplink_subnet(topology))
     except BaseException:
@@ -401,5 +437,5 @@ def _was_private(run: Path) -> bool:
 def _desired(lab: Lab, topology: Topology, source: str) -> State:
     from netorch.system.facts import observe_facts
 
-    facts = with_names(observe_facts(lab.scope), topology)
+    facts = with_names(observe_facts(lab.scope, named_interfaces(topology)), topology)
     return compile(topology, facts, lab.run, lab.scope.table, source)

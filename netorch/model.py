@@ -86,6 +86,7 @@ class Network(_Table, frozen=True):
     dns: bool = True
     domain: Name | None = None
     uplink: Interface | None = None
+    external: bool = False  # the bridge is somebody else's
     mac: Mac | None = None
     mtu: Annotated[int, Meta(ge=576, le=65535)] | None = None
     stp: bool = False

@@ -14,6 +14,7 @@ from netorch.labs import Lab, Outcome, Standing, topology_of
 from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Resource
 from netorch.system import leases, rundir
+from netorch.system.confirmation import Pending
 from netorch.system.places import Place
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Printer(Progress):
         click.echo(text, file=self._out)
 
 
-def up(outcome: Outcome, progress: Printer) -> None:
+def up(outcome: Outcome, progress: Printer, confirm: float | None = None) -> None:
     """The last lines of a successful apply."""
     if not outcome.plan:
         click.echo(f"lab {outcome.lab}: nothing to do")
@@ -72,6 +73,10 @@ def up(outcome: Outcome, progress: Printer) -> None:
     if outcome.place and outcome.place.uplink == "none":
         why = f": {outcome.place.reason}" if outcome.place.reason else ""
         click.echo(f"it has no way out{why}")
+    if confirm is not None:
+        click.echo(
+            f"it is put back in {confirm:g} s unless you say `netorch confirm {outcome.lab}`"
+        )
 
 
 def down(lab: Lab, progress: Printer, errors: Sequence[str]) -> None:
@@ -117,12 +122,24 @@ def status_text(standing: Standing) -> None:
     if held:
         click.echo()
         leases_table(held)
+    if (waiting := standing.pending) is not None:
+        click.echo(_waiting(lab, waiting))
     if standing.desired is None:
         click.echo("the record of its topology is lost: apply its file again, or tear it down")
 
 
+def _waiting(lab: Lab, waiting: Pending) -> str:
+    if waiting.alive:
+        left = f"{waiting.seconds_left:.0f} s left"
+        return f"it is put back unless `netorch confirm {lab.name}` comes in time: {left}"
+    return (
+        f"it waits for `netorch confirm {lab.name}`, but the watchdog that would put it back "
+        "was killed: it stays as it is"
+    )
+
+
 def status_json(standing: Standing) -> dict[str, Any]:
-    """`{"lab", "place", "in_sync", "resources": [...], "leases": [...]}`."""
+    """`{"lab", "place", "in_sync", "resources": [...], "leases": [...], "confirmation"}`."""
     rows = []
     for state, key, resource in standing.rows():
         row: dict[str, Any] = {
@@ -139,6 +156,7 @@ def status_json(standing: Standing) -> dict[str, Any]:
         "in_sync": standing.in_sync,
         "resources": rows,
         "leases": leases_json(standing.lab),
+        "confirmation": msgspec.to_builtins(standing.pending),
     }
 
 

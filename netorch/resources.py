@@ -15,38 +15,7 @@ from typing import ClassVar, Self
 
 import msgspec
 
-
-class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
-    """The base of all resources: frozen structs that encode to tagged JSON objects."""
-
-    # Fields that a running object can take on; a difference in any other field makes it again.
-    live: ClassVar[frozenset[str]] = frozenset()
-
-    @property
-    def key(self) -> str:
-        raise NotImplementedError
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("record",)
-
-    def after_replace(self, needed: str) -> Self | None:
-        """What is left of this one once `needed` has been deleted; None: it is gone or useless as
-        well.
-        """
-        return None
-
-    def describe(self) -> str:
-        """The resource in a few words, as `plan` prints it."""
-        raise NotImplementedError
-
-    def changes(self, new: "Resource") -> list[str]:
-        """The fields in which `new` differs, as `name old -> new`."""
-        return [
-            f"{field} {_short(getattr(self, field))} -> {_short(getattr(new, field))}"
-            for field in self.__struct_fields__
-            if getattr(self, field) != getattr(new, field)
-        ]
+from netorch.resource import Resource as Resource
 
 
 class Record(Resource, frozen=True):
@@ -92,11 +61,12 @@ class Namespace(Resource, frozen=True):
 
 class Bridge(Resource, frozen=True):
     """A bridge of the lab's own. `addresses` are `a.b.c.d/len`; `forwarding` is IPv4's, per
-    interface.
+    interface. `uplink` is the interface whose place at layer 3 it takes ("": none); a
+    BridgeUplink is that.
     """
 
     live: ClassVar[frozenset[str]] = frozenset(
-        {"mac", "mtu", "addresses", "forwarding", "stp", "up"}
+        {"mac", "mtu", "addresses", "forwarding", "stp", "uplink", "up"}
     )
     network: str
     name: str
@@ -105,6 +75,7 @@ class Bridge(Resource, frozen=True):
     addresses: tuple[str, ...] = ()
     forwarding: bool = False
     stp: bool = False
+    uplink: str = ""
     up: bool = True
 
     @property
@@ -120,9 +91,32 @@ class Bridge(Resource, frozen=True):
         return " ".join(words)
 
 
+class BridgeUplink(Resource, frozen=True):
+    """An interface that is not ours as a port of a lab's bridge, which has its addresses and
+    routes meanwhile. `joined`: it is there and a port.
+    """
+
+    live: ClassVar[frozenset[str]] = frozenset({"joined"})
+    network: str
+    name: str
+    bridge: str
+    joined: bool = True
+
+    @property
+    def key(self) -> str:
+        return f"uplink:{self.network}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (f"bridge:{self.network}",)
+
+    def describe(self) -> str:
+        return f"uplink {self.name} of {self.bridge}, with its addresses and routes"
+
+
 class Tap(Resource, frozen=True):
     """A persistent tap on a bridge. `id` is what the key is made of: `vm1:0` or the name in
-    `[taps]`.
+    `[taps]`. `network` is "" where the bridge is not the lab's own.
 
     `mac` is the host side's; `bridge` is the interface name of the bridge ("" for none); `owner` is
     a uid: a tap without one can be taken by whoever may open /dev/net/tun.
@@ -146,7 +140,7 @@ class Tap(Resource, frozen=True):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (f"bridge:{self.network}",)
+        return (f"bridge:{self.network}",) if self.network else ("record",)
 
     def after_replace(self, needed: str) -> Self:
         return msgspec.structs.replace(self, bridge="")
@@ -158,8 +152,8 @@ class Tap(Resource, frozen=True):
 class Veth(Resource, frozen=True):
     """A veth pair between a bridge and a host's namespace.
 
-    `name` is the bridge's end; `device`, `mac`, `addresses` (static ones), and `gateway` (of the
-    default route, "" for none) belong to the host's end.
+    `name` is the bridge's end; `network` is as a Tap's; `device`, `mac`, `addresses` (static ones),
+    and `gateway` (of the default route, "" for none) belong to the host's end.
     """
 
     live: ClassVar[frozenset[str]] = frozenset(
@@ -183,7 +177,8 @@ class Veth(Resource, frozen=True):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (f"bridge:{self.network}", f"namespace:{self.host}")
+        bridge = (f"bridge:{self.network}",) if self.network else ()
+        return ("record", *bridge, f"namespace:{self.host}")
 
     def after_replace(self, needed: str) -> Self | None:
         if needed.startswith("bridge:"):
@@ -365,6 +360,7 @@ AnyResource = (
     Record
     | Namespace
     | Bridge
+    | BridgeUplink
     | Tap
     | Veth
     | Ruleset
@@ -385,13 +381,6 @@ def decode(text: str | bytes) -> AnyResource:
     """The resource that `encode` wrote. Raises msgspec.DecodeError for anything else."""
     resource: AnyResource = msgspec.json.decode(text, type=AnyResource)
     return resource
-
-
-def _short(value: object) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(_short, value)) or "none"
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _count(number: int, noun: str) -> str:

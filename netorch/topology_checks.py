@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from netorch.errors import Finding, Key, dotted, quoted
 from netorch.model import Dhcp, Guest, HostNic, Network, Nic, Topology
+from netorch.names import bridge_name
 from netorch.topology_clashes import clashes, overlaps
 from netorch.topology_expect import expectations
 from netorch.topology_values import (
@@ -36,6 +37,10 @@ MIN_LEASE = 120  # seconds: dnsmasq makes a shorter one that long
 def check(topology: Topology, broken: Collection[Key] = ()) -> list[Finding]:
     """All mistakes in `topology` but those that rest on the values at `broken`."""
     return _Checks(topology, broken).run()
+
+
+def _takes_in(network: Network) -> bool:
+    return network.mode == "bridge" and network.uplink is not None
 
 
 class _Checks:
@@ -82,6 +87,7 @@ class _Checks:
         path: Key = ("networks", name)
         self.subnets[name] = self._network_address(path, network)
         self._mode_and_uplink(path, network)
+        self._external(path, network)
         self._dhcp(path, network)
         if network.domain is not None:
             self.read((*path, "domain"), network.domain, domain)
@@ -105,11 +111,27 @@ class _Checks:
             self.say(
                 where, f'mode "{network.mode}" has no uplink', 'for mode "nat" or "route"', mode
             )
-        if network.mode == "bridge":
-            message = "a real uplink for a bridged network is not supported yet by this version"
-            self.say(
-                where, message, "it comes next; leave it out for a bridge of the lab's own", mode
-            )
+        bridged = {n.uplink: name for name, n in self.topology.networks.items() if _takes_in(n)}
+        if network.uplink in bridged and not _takes_in(network):
+            other = bridged[network.uplink]
+            bridge = bridge_name(other, self.topology.networks[other])
+            message = f"{network.uplink} becomes a port of {bridge}, which has its routes then"
+            self.say(where, message, quoted(bridge), mode, ("networks", other))
+
+    def _external(self, path: Key, network: Network) -> None:
+        """Of a bridge of somebody else's, everything but its name is somebody else's too."""
+        if not network.external:
+            return
+        where: Key = (*path, "external")
+        if network.mode != "bridge":
+            hint = 'mode = "bridge"'
+            self.say(where, "netorch gives no services on a bridge of somebody else's", hint)
+        if network.bridge is None:
+            self.say(where, "needs the name of the bridge", 'bridge = "br0"')
+        for key in ("address", "dhcp", "domain", "uplink", "mac", "mtu", "stp"):
+            if getattr(network, key) not in (None, False):
+                message = "can't be set: the bridge is somebody else's (external = true)"
+                self.say((*path, key), message, "leave it out", where)
 
     def _dhcp(self, path: Key, network: Network) -> None:
         where, dhcp = (*path, "dhcp"), network.dhcp

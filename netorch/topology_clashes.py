@@ -78,9 +78,13 @@ def _interface_names(topology: Topology) -> Iterator[Finding]:
 
 
 def _interfaces(topology: Topology) -> Iterator[tuple[Key, str]]:
-    """Every interface that the lab makes in its place, with the key that its name comes from."""
+    """Every interface that the lab makes or takes, with the key that its name comes from."""
     for name, network in topology.networks.items():
         path: Key = ("networks", name)
+        if network.external:
+            continue  # which several networks may name
+        if network.mode == "bridge" and network.uplink:
+            yield (*path, "uplink"), network.uplink
         yield (*path, "bridge") if network.bridge else path, names.bridge_name(name, network)
     for name, guest in topology.guests.items():
         for index, nic in enumerate(guest.nics):

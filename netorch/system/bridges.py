@@ -13,7 +13,7 @@ from netorch.system import changes, messages, removal
 from netorch.system.changes import Wanted
 from netorch.system.netlink import Netlink, Outcomes
 from netorch.system.scope import Scope
-from netorch.system.snapshot import Link, Snapshot
+from netorch.system.snapshot import Link, Snapshot, uplink_mark
 
 MAX_PORTS = 1023  # BR_MAX_PORTS less the port number that is not used, net/bridge/br_private.h
 _FORWARD_DELAY, _STP_STATE = 1, 5  # IFLA_BR_
@@ -28,9 +28,10 @@ def observe(link: Link, network: str, snapshot: Snapshot) -> Bridge:
         name=link.name,
         mac=link.mac,
         mtu=link.mtu,
-        addresses=snapshot.permanent(link.index),
+        addresses=snapshot.own(link),
         forwarding=bool(link.forwarding),
         stp=bool(link.info.get(_STP_STATE)),
+        uplink=_uplink(link, snapshot),
         up=link.up,
     )
 
@@ -58,7 +59,7 @@ def update(link: Link, bridge: Bridge, snapshot: Snapshot, scope: Scope) -> list
         for attribute in sorted(_stp(bridge.stp), reverse=not bridge.stp):
             data = (("IFLA_INFO_KIND", "bridge"), ("IFLA_INFO_DATA", (attribute,)))
             restp.append(messages.link(link.index, attributes=(("IFLA_LINKINFO", data),)))
-    current = snapshot.permanent(link.index)
+    current = snapshot.own(link)
     return restp + _settle(link, bridge, current, scope)
 
 
@@ -90,13 +91,21 @@ def _settle(link: Link, bridge: Bridge, current: tuple[str, ...], scope: Scope) 
         group=scope.group + 1,
         master=link.master,
         forwarding=bridge.forwarding,
-        no_ipv6=True,
+        no_ipv6=not bridge.uplink,
     )
     return [
         *changes.configure(link, wanted),
         *changes.readdress(link.index, current, bridge.addresses),
         *changes.activate(link, wanted),
     ]
+
+
+def _uplink(link: Link, snapshot: Snapshot) -> str:
+    mark = uplink_mark(link)
+    if mark is None:
+        return ""
+    port = snapshot.links.get(mark.index)
+    return port.name if port else mark.name
 
 
 def _stp(on: bool) -> tuple[tuple[str, int], ...]:

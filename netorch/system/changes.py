@@ -51,11 +51,20 @@ def new_index(snapshot: Snapshot) -> int:
             return index
 
 
-def bridge_index(snapshot: Snapshot, name: str, scope: Scope) -> int | KernelError:
-    """The index of the lab's bridge `name`, 0 for none (""), or why there is none."""
+def bridge_index(
+    snapshot: Snapshot, name: str, scope: Scope, external: bool = False
+) -> int | KernelError:
+    """The index of the bridge `name`, 0 for none (""), or why there is none.
+
+    It has to be the lab's own, or, if `external`, a bridge that isn't.
+    """
     if not name:
         return 0
     link = snapshot.by_name.get(name)
+    if link is not None and external:
+        if link.kind == "bridge" and not link.alias.startswith("netorch:"):
+            return link.index
+        return KernelError(f"{name} is not a bridge of somebody else's", errno.EINVAL)
     if link is not None and link.alias.startswith(scope.alias("bridge:")):
         return link.index
     if link is not None:

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Network
 
 import msgspec
@@ -11,9 +11,10 @@ import msgspec
 from netorch.resources import Bridge, Resource, Tap, Veth
 from netorch.system import taps
 from netorch.system.bridges import MAX_PORTS
+from netorch.system.changes import bridge_index
 from netorch.system.netlink import Netlink
 from netorch.system.scope import Scope
-from netorch.system.snapshot import Link, Route, Snapshot, routes
+from netorch.system.snapshot import Link, Route, Snapshot, routes, uplink_mark
 
 # Prefixes that some VPNs cut the default route into; a network of a lab always lies within one of
 # them.
@@ -42,6 +43,7 @@ def find(wanted: Sequence[Resource], scope: Scope) -> list[str]:
         if link is not None and not is_own(link, scope):
             reasons.append(f"the name {link.name} is taken by {_whose(link)}")
     reasons += _overlaps(wanted, uses)
+    reasons += _no_bridge(wanted, snapshot, scope)
     reasons += _too_many_ports(wanted, snapshot, scope)
     if any(isinstance(resource, Tap) for resource in wanted):
         reasons += _no_tun()
@@ -54,7 +56,8 @@ def is_own(link: Link, scope: Scope) -> bool:
 
 def foreign_uses(snapshot: Snapshot, known: Sequence[Route], scope: Scope) -> Iterator[Use]:
     """Every IPv4 range in use by addresses and non-default routes of links not the lab's own."""
-    own = {link.index for link in snapshot.links.values() if is_own(link, scope)}
+    own = {link.index: link for link in snapshot.links.values() if is_own(link, scope)}
+    yield from _of_uplinks(snapshot, own.values())
     for index, addresses in snapshot.addresses.items():
         if index in own or index not in snapshot.links:
             continue
@@ -65,11 +68,20 @@ def foreign_uses(snapshot: Snapshot, known: Sequence[Route], scope: Scope) -> It
             for prefix in {address.network: None, local: None}:
                 yield Use(IPv4Network(prefix), address.text, snapshot.links[index].name)
     for route in known:
-        if is_default(route) or own.intersection(route.links):
+        if is_default(route) or not own.keys().isdisjoint(route.links):
             continue
         names = [snapshot.links[i].name for i in route.links if i in snapshot.links]
         owner = " and ".join(names) or "a route without an interface"
         yield Use(IPv4Network(route.prefix), f"route {route.prefix}", owner)
+
+
+def _of_uplinks(snapshot: Snapshot, own: Iterable[Link]) -> Iterator[Use]:
+    """The addresses that bridges of the lab have of their uplinks."""
+    for link in own:
+        if uplink_mark(link):
+            for address in snapshot.addresses.get(link.index, ()):
+                if address.label != link.name:
+                    yield Use(IPv4Network(address.network), address.text, link.name)
 
 
 def is_default(route: Route) -> bool:
@@ -83,12 +95,28 @@ def _overlaps(wanted: Sequence[Resource], uses: Sequence[Use]) -> Iterator[str]:
         for text in bridge.addresses:
             network = IPv4Network(text, strict=False)
             for use in uses:
+                if use.owner == bridge.uplink and use.text.partition("/")[0] != _ip(text):
+                    continue  # they are going to be on one LAN
                 if network.overlaps(use.network):
                     yield (
                         f"network {bridge.network}: {network} overlaps with {use.text} "
                         f"of {use.owner}"
                     )
                     break
+
+
+def _ip(text: str) -> str:
+    return text.partition("/")[0]
+
+
+def _no_bridge(wanted: Sequence[Resource], snapshot: Snapshot, scope: Scope) -> Iterator[str]:
+    """Bridges of others (`external = true`) that ports are to join, and that are not there."""
+    ports = [r for r in wanted if isinstance(r, Tap | Veth) and not r.network and r.bridge]
+    for bridge in dict.fromkeys(port.bridge for port in ports):
+        index = bridge_index(snapshot, bridge, scope, external=True)
+        if not isinstance(index, int):
+            private = "; a private namespace has none of the machine's" if scope.private else ""
+            yield f"{index} that is not netorch's to make (external = true){private}"
 
 
 def _too_many_ports(wanted: Sequence[Resource], snapshot: Snapshot, scope: Scope) -> Iterator[str]:

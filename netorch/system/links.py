@@ -170,7 +170,7 @@ def _masters(
     masters = {}
     for resource in resources:
         if isinstance(resource, Tap | Veth):
-            index = bridge_index(snapshot, resource.bridge, scope)
+            index = bridge_index(snapshot, resource.bridge, scope, not resource.network)
             if isinstance(index, int):
                 masters[resource.key] = index
             else:

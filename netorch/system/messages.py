@@ -24,11 +24,13 @@ from netorch.system.netlink import HEADER
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
+NEWLINKPROP, DELLINKPROP = 108, 109
 EXCLUSIVE, CREATE, APPEND = 0x200, 0x400, 0x800
 
 _IFF_UP = 0x1
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 1, 3, 4, 20, 28
 _IFLA_LINKINFO, _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 18, 1, 2, 1
+_IFLA_PROP_LIST, _IFLA_ALT_IFNAME, _NESTED = 52, 53, 0x8000
 _STATIC = 4  # RTPROT_STATIC, what an administrator's routes have
 
 # An attribute as pyroute2 names it; a tuple of attributes as the value makes it a nested one.
@@ -89,6 +91,15 @@ def veth(
     message += _attribute(_IFLA_LINKINFO, info)
     struct.pack_into("=I", message, 0, len(message))
     return message
+
+
+def alternative_name(kind: int, index: int, name: str) -> bytearray:
+    """RTM_NEWLINKPROP or RTM_DELLINKPROP: one more name of a link, of up to 127 bytes."""
+    inner = _attribute(_IFLA_ALT_IFNAME, name.encode() + b"\0")
+    body = struct.pack("=BxHiII", 0, 0, index, 0, 0)
+    body += _attribute(_IFLA_PROP_LIST | _NESTED, inner)
+    flags = CREATE | EXCLUSIVE | APPEND if kind == NEWLINKPROP else 0
+    return bytearray(HEADER.pack(HEADER.size + len(body), kind, flags, 0, 0) + body)
 
 
 def delete_link(index: int) -> bytearray:

@@ -74,6 +74,15 @@ class Netlink:
             self._send_chunk(chunk, groups, outcomes)
         return outcomes
 
+    def send_whole(self, messages: Sequence[bytearray]) -> Outcomes:
+        """Send all messages in one call, whatever their number; for each its error, or None.
+
+        The call may have 200 KB, less than the least send buffer of a system.
+        """
+        outcomes: Outcomes = [None] * len(messages)
+        self._send_chunk(range(len(messages)), [[message] for message in messages], outcomes)
+        return outcomes
+
     def dump(self, kind: int, body: bytes) -> list[memoryview]:
         """The bodies of the answers to a dump request, from one consistent walk of the kernel."""
         for _ in range(_DUMP_TRIES):

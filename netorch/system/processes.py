@@ -114,13 +114,15 @@ def start(
     pass_fds: Sequence[int] = (),
     capabilities: Sequence[int] | None = None,
     namespace: Path | None = None,
+    environment: dict[str, str] | None = None,
     daemon: bool = False,
 ) -> Child:
     """Start a process with the lab's marks; when this returns, it is executed.
 
-    `argv[0]` is a path. `capabilities` are all that it may ever have (None: those of this process),
-    `namespace` is a network namespace to run it in, `cwd` defaults to the run directory. A `daemon`
-    becomes a child of the init of the lab's PID namespace. Raises KernelError.
+    `argv[0]` is a path. An `environment` of its own has other marks, or none. `capabilities` are
+    all that it may ever have (None: those of this process), `namespace` is a network namespace to
+    run it in, `cwd` defaults to the run directory. A `daemon` becomes a child of the init of the
+    lab's PID namespace. Raises KernelError.
     """
     if _log.isEnabledFor(logging.INFO):
         import shlex
@@ -133,7 +135,8 @@ def start(
         log_start = os.fstat(output).st_size
         report, said = os.pipe2(os.O_CLOEXEC)
         opened += [report, said]
-        environment = scope.environment(resource)
+        if environment is None:
+            environment = scope.environment(resource)
         pid = os.fork()
         if pid == 0:
             _become(

@@ -106,6 +106,17 @@ def write(path: Path, text: str, mode: int = 0o600) -> None:
     temporary.replace(path)
 
 
+def write_synced(path: Path, text: str) -> None:
+    """`write`, and wait until file and directory are on the disk."""
+    write(path, text)
+    for written in (path, path.parent):
+        descriptor = os.open(written, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 class Records:
     """Adapter for the Record."""
 

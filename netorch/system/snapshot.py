@@ -25,6 +25,7 @@ _SKIP_STATISTICS = _ATTRIBUTE.pack(8, 29) + struct.pack(
 _UP, _RUNNING = 0x1, 0x40  # IFF_
 _PERMANENT = 0x80
 _LOCAL_TABLE = 255
+_UPLINK_MARK = "netorch-uplink:"
 
 
 class Link(msgspec.Struct, kw_only=True):
@@ -42,6 +43,7 @@ class Link(msgspec.Struct, kw_only=True):
     port: bytes = b""  # IFLA_INFO_SLAVE_DATA, as its master's kind defines it
     peer: int = 0  # IFLA_LINK: of a veth, the index of the other end
     forwarding: bool | None = None  # IPv4's, for this interface; None: not known
+    names: tuple[str, ...] = ()  # its alternative names
     ipv6: int | None = None  # addr_gen_mode; None: no IPv6 on this link
 
     @property
@@ -61,6 +63,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
     text: str  # a.b.c.d/len
     network: str  # the prefix that it makes reachable, the peer's on a point-to-point link
     permanent: bool  # not leased
+    label: str  # the link's name, unless whoever added it has said otherwise
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,9 +89,38 @@ class Snapshot:
     def has_ipv6(self) -> bool:
         return any(link.ipv6 is not None for link in self.links.values())
 
+    def own(self, link: Link) -> tuple[str, ...]:
+        """The addresses of a bridge of the lab that are not its uplink's.
+
+        Those of an uplink keep their labels when they move (`netorch.system.layer3`).
+        """
+        if not uplink_mark(link):
+            return self.permanent(link.index)
+        there = self.addresses.get(link.index, ())
+        return tuple(a.text for a in there if a.permanent and a.label == link.name)
+
     def permanent(self, index: int) -> tuple[str, ...]:
         """The addresses of a link that no lease put there."""
         return tuple(a.text for a in self.addresses.get(index, ()) if a.permanent)
+
+
+class UplinkMark(msgspec.Struct, frozen=True):
+    """What a bridge's alternative name says of the interface that it has taken in."""
+
+    index: int
+    was_up: bool
+    name: str
+
+    def __str__(self) -> str:
+        return f"{_UPLINK_MARK}{self.index}:{'up' if self.was_up else 'down'}:{self.name}"
+
+
+def uplink_mark(link: Link) -> UplinkMark | None:
+    for name in link.names:
+        if name.startswith(_UPLINK_MARK):
+            index, state, uplink = name.removeprefix(_UPLINK_MARK).split(":", 2)
+            return UplinkMark(int(index), state == "up", uplink)
+    return None
 
 
 def links(netlink: Netlink) -> Iterator[Link]:
@@ -141,6 +173,10 @@ def _parse_families(link: Link, value: memoryview) -> None:
                 link.ipv6 = setting[0]
 
 
+def _parse_names(link: Link, value: memoryview) -> None:
+    link.names = tuple(_text(inner) for kind, inner in attributes(value) if kind == 53)
+
+
 def _set(name: str, parse: Callable[[memoryview], object]) -> Callable[[Link, memoryview], None]:
     return lambda link, value: setattr(link, name, parse(value))
 
@@ -163,6 +199,7 @@ _LINK_ATTRIBUTES = {
     20: _set("alias", _text),
     26: _parse_families,
     27: _set("group", _number),
+    52 | 0x8000: _parse_names,
 }
 
 
@@ -176,6 +213,7 @@ def _parse_address(body: memoryview) -> Address:
         text=f"{socket.inet_ntoa(local)}/{length}",
         network=_prefix(peer, length),
         permanent=bool(flags & _PERMANENT),
+        label=_text(values[3]) if 3 in values else "",
     )
 
 

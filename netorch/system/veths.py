@@ -144,6 +144,8 @@ class _Descriptors:
 
 
 def _pair(veth: Veth, near: int, far: int, namespace: int, scope: Scope) -> bytearray:
+    # A bridge without a MAC of its own takes the lowest of its ports': not one that begins with fe.
+    near_mac = "fe" + veth.mac[2:]
     return messages.veth(
         index=near,
         name=veth.name,
@@ -151,7 +153,11 @@ def _pair(veth: Veth, near: int, far: int, namespace: int, scope: Scope) -> byte
         device=veth.device,
         mac=veth.mac,
         namespace=namespace,
-        attributes=(("IFLA_MTU", veth.mtu), ("IFLA_GROUP", scope.group)),
+        attributes=(
+            ("IFLA_MTU", veth.mtu),
+            ("IFLA_GROUP", scope.group),
+            ("IFLA_ADDRESS", near_mac),
+        ),
     )
 
 

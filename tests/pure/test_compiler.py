@@ -11,10 +11,20 @@ from hypothesis import strategies as st
 
 from netorch.compiler import compile
 from netorch.errors import NetorchError
-from netorch.facts import Facts, Uplink
+from netorch.facts import Facts, Interface, Uplink
 from netorch.model import Guest as GuestModel
 from netorch.model import Lab, Nic, Topology
-from netorch.resources import Bridge, Dnsmasq, Forwarding, Guest, Resource, Ruleset, Tap, Veth
+from netorch.resources import (
+    Bridge,
+    BridgeUplink,
+    Dnsmasq,
+    Forwarding,
+    Guest,
+    Resource,
+    Ruleset,
+    Tap,
+    Veth,
+)
 from netorch.state import State
 from netorch.topology import load, parse
 
@@ -197,3 +207,36 @@ def test_appending_a_guest_moves_nobody(names: list[str]) -> None:
     before = guests(names[:-1]).of(Dnsmasq)[0].hosts
     after = guests(names).of(Dnsmasq)[0].hosts
     assert after.startswith(before)
+
+
+def bridged(text: str, **facts: object) -> State:
+    there = {"eth1": Interface("52:54:00:00:00:0a", 9000, forwarding=True)}
+    lan = '[networks.lan]\nmode = "bridge"\nbridge = "br0"\nuplink = "eth1"\n'
+    return compiled(lan + text, Facts(interfaces=there, **facts))  # type: ignore[arg-type]
+
+
+def test_a_bridge_has_the_mac_the_mtu_and_the_forwarding_of_its_uplink() -> None:
+    state = bridged('[taps.t]\nnetwork = "lan"')
+    (bridge,) = state.of(Bridge)
+    assert (bridge.mac, bridge.mtu, bridge.forwarding) == ("52:54:00:00:00:0a", 9000, True)
+    assert state.of(Tap)[0].mtu == 9000
+    assert state.of(BridgeUplink) == [BridgeUplink(network="lan", name="eth1", bridge="br0")]
+
+
+def test_nat_by_an_interface_that_is_taken_in_leaves_by_the_bridge() -> None:
+    """The default route is eth1's before the move, and br0's after it."""
+    state = bridged("[networks.default]", uplinks=(Uplink("eth1", 1400),))
+    assert state.of(Forwarding) == []
+    assert all(bridge.forwarding for bridge in state.of(Bridge))
+
+
+def test_somebody_elses_bridge_is_no_resource() -> None:
+    text = '[networks.lan]\nmode = "bridge"\nbridge = "br7"\nexternal = true\n'
+    state = compiled(
+        text + '[taps.t]\nnetwork = "lan"',
+        Facts(interfaces={"br7": Interface("52:54:00:00:00:0a", 1400)}),
+    )
+    assert state.of(Bridge) == []
+    (tap,) = state.of(Tap)
+    assert (tap.bridge, tap.network, tap.mtu) == ("br7", "", 1400)
+    assert tap.needs == ("record",)

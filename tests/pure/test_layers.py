@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "netorch"
 # From the top. A module may import those of its own layer and of the layers below.
 LAYERS = (
     {"__main__"},
-    {"cli"},
+    {"cli", "watchdog"},
     {"pytest_plugin"},
     {"needs"},
     {"api"},
@@ -21,7 +21,7 @@ LAYERS = (
     {"agent", "agents"},
     {"wire"},
     {"report", "nodes", "verify", "picture"},
-    {"labs", "surroundings"},
+    {"labs", "surroundings", "bridging"},
     {"engine"},
     {"system"},
     {"planner"},
@@ -31,7 +31,7 @@ LAYERS = (
     {"topology_checks", "topology_clashes", "topology_expect", "topology_shape"}
     | {"topology_values", "toml_lines"},
     {"state"},
-    {"resources", "facts", "names"},
+    {"resources", "resource", "facts", "names"},
     {"model"},
     {"errors", "__init__"},
 )

@@ -1,0 +1,45 @@
+"""The base of all resources; `netorch.resources` says what they are for and has all kinds."""
+
+from typing import ClassVar, Self
+
+import msgspec
+
+
+class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
+    """The base of all resources: frozen structs that encode to tagged JSON objects."""
+
+    # Fields that a running object can take on; a difference in any other field makes it again.
+    live: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def key(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("record",)
+
+    def after_replace(self, needed: str) -> Self | None:
+        """What is left of this one once `needed` has been deleted; None: it is gone or useless as
+        well.
+        """
+        return None
+
+    def describe(self) -> str:
+        """The resource in a few words, as `plan` prints it."""
+        raise NotImplementedError
+
+    def changes(self, new: "Resource") -> list[str]:
+        """The fields in which `new` differs, as `name old -> new`."""
+        return [
+            f"{field} {_short(getattr(self, field))} -> {_short(getattr(new, field))}"
+            for field in self.__struct_fields__
+            if getattr(self, field) != getattr(new, field)
+        ]
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_short, value)) or "none"
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

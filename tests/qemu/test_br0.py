@@ -1,0 +1,78 @@
+"""Guests on a bridge with a real uplink: the shipped virbr0-vs-br0 with a veth as br0's eth1."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from netorch import labs
+from netorch.engine import Progress
+from netorch.system.namespaces import in_namespace
+from netorch.system.tiny import tiny_image
+from netorch.topology import parse
+from tests.isolation import require_tun
+from tests.kernel.cables import sh
+from tests.kernel.machine import PREFIX, on_a_machine
+from tests.kernel.uplinks import PLAIN, ROUTER, standing, uplink
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("qemu-system-x86_64"), reason="qemu-system-x86_64 is not installed"
+)
+SHIPPED = Path(__file__).parents[2] / "topologies" / "virbr0-vs-br0.toml"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tiny() -> None:
+    """Built before the test goes where there is no network."""
+    tiny_image(print)
+
+
+@on_a_machine
+def test_the_bridged_guest_is_on_the_lan_and_the_other_behind_nat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_tun()
+    monkeypatch.setenv("NETORCH_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("NETORCH_DISK_DIR", str(tmp_path / "disks"))
+    far = uplink(PLAIN)
+    before = standing()
+    name = f"{PREFIX}br0"
+    text, bridges = re.subn(
+        r'^bridge  = "br0"$', r'\g<0>\nuplink = "eth1"', SHIPPED.read_text(), flags=re.MULTILINE
+    )
+    assert bridges == 1
+    topology = parse(text, f"{name}.toml", SHIPPED.parent)
+    try:
+        labs.apply(topology, str(SHIPPED), "current", Progress())
+        assert not labs.plan(topology, str(SHIPPED), "current").plan
+        assert seen_by(far, name, "vm2") == "10.0.0.120"  # its own address
+        assert seen_by(far, name, "vm1") == "10.0.0.5"  # the machine's
+        assert seen_by(far, name, "server") == "10.0.0.80"
+        with in_namespace(far):
+            sh("ping -c 1 -W 10 10.0.0.120")
+            sh("ip route add 192.168.122.0/24 via 10.0.0.5")
+            with pytest.raises(AssertionError):
+                sh("ping -c 1 -W 2 192.168.122.6")
+    finally:
+        assert labs.teardown(labs.find(name), Progress()) == []
+    assert standing() == before
+
+
+def seen_by(far: int, lab: str, node: str) -> str:
+    """The source address of a connection from the node to the far machine."""
+    with in_namespace(far):
+        listening = socket.create_server((ROUTER, 7000))
+    with listening:
+        listening.settimeout(30)
+        command = [sys.executable, "-m", "netorch", "exec", "--lab", lab, node, "--"]
+        command += ["sh", "-c", f"busybox nc -w 5 {ROUTER} 7000 </dev/null"]
+        with subprocess.Popen(command, env=dict(os.environ)) as asking:
+            accepted, peer = listening.accept()
+            accepted.close()
+            asking.wait(60)
+    return str(peer[0])
