@@ -15,9 +15,9 @@ import msgspec
 
 from netorch import labs, nodes, picture, wire
 from netorch.engine import Progress
-from netorch.errors import ConflictError, MissingError, NetorchError, ReadyError, UsageError
+from netorch.errors import ConflictError, MissingError, NetorchError, ReadyError
 from netorch.surroundings import uplink_subnet
-from netorch.system import rundir
+from netorch.system import cables, rundir
 from netorch.system.owned_place import OwnedPlace
 from netorch.system.places import (
     Place,
@@ -66,6 +66,7 @@ class Agent:
                 self.lab = labs.Lab(start.lab, place, run, disks_base() / start.lab)
                 fresh = self._owned is not None
                 labs.apply_inside(self.lab, start.topology, start.source, Progress(), fresh=fresh)
+                cables.await_all(self.lab.scope)
         except BaseException as error:
             if isinstance(error, ReadyError):
                 with suppress(NetorchError):
@@ -119,6 +120,7 @@ class Agent:
                 self._services.clear()
                 with rundir.locked(self.lab.run):
                     plan = labs.apply_inside(self.lab, request.topology, request.source, Progress())
+                cables.await_all(self.lab.scope)
                 self.topology = request.topology
                 return plan.describe(), ()
             case wire.Status():
@@ -131,7 +133,7 @@ class Agent:
             case wire.Packets():
                 return None, (self._packets(request),)
             case wire.Wire():
-                self._wire(request)
+                cables.plug(self.lab.scope, request.id, request.up)
             case wire.Picture():
                 return self.sections(), ()
         return None, ()
@@ -225,22 +227,6 @@ class Agent:
             raise NetorchError(
                 f"failed to capture on {request.device}{where}: {error.strerror}"
             ) from error
-
-    def _wire(self, request: wire.Wire) -> None:
-        """The bridge's end goes down, so that the host's loses its carrier and nothing else."""
-        from netorch.system import messages
-        from netorch.system.netlink import Netlink
-        from netorch.system.snapshot import links
-
-        alias = self.lab.scope.alias(f"veth:{request.id}")
-        with Netlink() as netlink:
-            for link in links(netlink):
-                if link.alias == alias:
-                    change = messages.link(link.index, attributes=(messages.up(request.up),))
-                    if error := netlink.send([[change]])[0]:
-                        raise error
-                    return
-        raise UsageError(f"lab {self.lab.name} has no link {request.id}")
 
 
 def _text(sections: list[tuple[str, str]]) -> str:

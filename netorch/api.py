@@ -27,6 +27,10 @@ from netorch.system.scope import Scope, disks_base
 from netorch.topology import checked as checked_topology
 from netorch.topology import load, parse
 
+# msgspec (0.22) looks a class over when it is first used, and crashes if two threads do that at
+# once: so it is done here, under the import lock.
+msgspec.convert({}, Topology)
+
 Text = str | os.PathLike[str] | Topology
 
 
