@@ -8,7 +8,6 @@ from inside.
 
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -16,11 +15,11 @@ from netorch import engine
 from netorch.bridging import named_interfaces, refuse_in_private, warn_of_managers
 from netorch.compiler import compile
 from netorch.engine import Progress
-from netorch.errors import NetorchError, ReadyError, UsageError
+from netorch.errors import NetorchError, ReadyError
 from netorch.facts import Facts
 from netorch.model import Topology
 from netorch.planner import Plan, diff
-from netorch.resources import Record, Resource, Ruleset
+from netorch.resources import Resource, Ruleset
 from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, uplink_subnet, with_names
 from netorch.system import Adapter, System, confirmation, rundir
@@ -30,35 +29,16 @@ from netorch.system.places import (
     create_private,
     destroy,
     enter,
-    has_net_admin,
-    marked_processes,
     private_places,
 )
 from netorch.system.scope import TABLE_PREFIX, Scope, current_place, disks_base, run_base
-
-PlaceChoice = Literal["auto", "current", "private"]
-
-
-_PLACE = "place"  # in the run directory: the inode of its network namespace, and whether private
-
-
-class Lab(msgspec.Struct, frozen=True):
-    """A lab that is there, in part or in whole: its name, its place and its directories."""
-
-    name: str
-    place: Place
-    run: Path
-    disks: Path
-
-    @property
-    def scope(self) -> Scope:
-        return Scope(
-            lab=self.name,
-            place=self.place.inode,
-            private=self.place.private,
-            run=self.run,
-            disks=self.disks,
-        )
+from netorch.whereabouts import Lab as Lab
+from netorch.whereabouts import PlaceChoice as PlaceChoice
+from netorch.whereabouts import find as find
+from netorch.whereabouts import find_all as find_all
+from netorch.whereabouts import lab_of, note_place, place_for, refuse_a_twin, run_of
+from netorch.whereabouts import labs as labs
+from netorch.whereabouts import topology_of as topology_of
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -144,21 +124,21 @@ def apply(
     was made but a guest didn't come to life in time (the lab stays up for a look).
     """
     name = topology.name
-    confirmation.refuse_while_pending(name, _run_of(name))
+    confirmation.refuse_while_pending(name, run_of(name))
     prepare(topology, progress)
     with (
-        rundir.locked(_run_of(name)) as run,
+        rundir.locked(run_of(name)) as run,
         confirmation.guarded(_outside(name, run), confirm, choice) as watchdog,
     ):
-        place = _find(topology, choice)
+        place = place_for(topology, choice)
         made = place is None
         if place is None:
             place = _create_private(topology, run)
-        lab = _lab(name, place)
+        lab = lab_of(name, place)
         try:
             if place.private:
                 enter(place)
-            _refuse_a_twin(lab)
+            refuse_a_twin(lab)
             plan = _apply_here(lab, topology, source, progress, watchdog)
         except ReadyError:
             raise
@@ -189,7 +169,7 @@ def apply_inside(
     `fresh`: this process has just made the place, for this lab alone. So nothing is looked for
     there but what was asked for.
     """
-    _note_place(lab)
+    note_place(lab)
     return _apply_here(lab, topology, source, progress, fresh=fresh)
 
 
@@ -199,13 +179,13 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     Raises ConflictError if it could not be done.
     """
     name = topology.name
-    place = _find(topology, choice)
+    place = place_for(topology, choice)
     if place is None:
         refuse_in_private(topology)
         facts = fresh_facts(topology)
         desired = compile(topology, facts, run_base() / name, TABLE_PREFIX + name, source)
         return Outcome(name, None, diff(desired, EMPTY))
-    lab = _lab(name, place)
+    lab = lab_of(name, place)
     if place.private:
         enter(place)
     system = machine(lab.scope)
@@ -266,60 +246,6 @@ def teardown(lab: Lab, progress: Progress) -> list[str]:
         return errors
 
 
-def find_all(name: str | None) -> list[Lab]:
-    """The lab called `name`, or all labs."""
-    return labs() if name is None else [find(name)]
-
-
-def labs() -> list[Lab]:
-    """All labs that can be seen from here, by their marks and their run directories."""
-    from netorch.system.marks import marked_labs
-
-    here = current_place()
-    base = run_base()
-    names = [*marked_labs(), *(run.name for run in rundir.all_of(base) if _place_of(run) == here)]
-    places = {name: Place(lab=name, private=True, inode=0) for name in _remains()}
-    places |= {name: Place(lab=name, private=False, inode=here) for name in names}
-    places |= private_places()
-    found = [_lab(name, place) for name, place in places.items()]
-    return sorted(found, key=lambda lab: lab.name)
-
-
-def _remains() -> list[str]:
-    """Labs of which only directories may be left: a private one that was killed, or a reboot."""
-    base = run_base()
-    runs = [run.name for run in rundir.all_of(base) if _place_of(run) is None or _was_private(run)]
-    disks = [d.name for d in rundir.all_of(disks_base()) if not (base / d.name).exists()]
-    if disks:
-        # Another network namespace may have a lab whose run directory was deleted.
-        alive = {marks["NETORCH_LAB"] for _pid, marks in marked_processes()}
-        disks = [name for name in disks if name not in alive]
-    return runs + disks
-
-
-def find(name: str | None) -> Lab:
-    """The lab called `name`, or the only one that runs. Raises UsageError, which lists what there
-    is.
-    """
-    there = labs()
-    names = ", ".join(lab.name for lab in there)
-    if name is None:
-        if len(there) == 1:
-            return there[0]
-        if not there:
-            raise UsageError("no lab is running here", "start one: netorch apply FILE")
-        raise UsageError("more than one lab is running: say which", f"one of {names}")
-    for lab in there:
-        if lab.name == name:
-            return lab
-    raise UsageError(f"no lab {name!r} is running here", f"running: {names or 'none'}")
-
-
-def topology_of(record: Record) -> Topology:
-    """The topology that a record holds."""
-    return msgspec.json.decode(record.text, type=Topology)
-
-
 def _apply_here(
     lab: Lab,
     topology: Topology,
@@ -356,28 +282,6 @@ def _outside(name: str, run: Path) -> Scope:
     return Scope(lab=name, place=current_place(), run=run, disks=disks_base() / name)
 
 
-def _find(topology: Topology, choice: PlaceChoice) -> Place | None:
-    """The place where the lab runs, or shall run; None for a private place yet to be made."""
-    name = topology.name
-    running = private_places().get(name)
-    wanted = choice if choice != "auto" else topology.lab.place
-    if running is not None:
-        if wanted == "current":
-            raise UsageError(
-                f"lab {name} runs in a private place",
-                f"take it down first: netorch teardown {name}",
-            )
-        return running
-    if wanted == "private" or (wanted == "auto" and not has_net_admin()):
-        if _place_of(run_base() / name) == current_place() and has_net_admin():
-            raise UsageError(
-                f"lab {name} runs in the current network namespace",
-                f"take it down first: netorch teardown {name}",
-            )
-        return None
-    return Place(lab=name, private=False, inode=current_place())
-
-
 def _create_private(topology: Topology, run: Path) -> Place:
     name = topology.name
     refuse_in_private(topology)
@@ -385,53 +289,8 @@ def _create_private(topology: Topology, run: Path) -> Place:
         return create_private(name, run, topology.lab.uplink, uplink_subnet(topology))
     except BaseException:
         if rundir.recorded(run) is None:
-            rundir.remove(_lab(name, Place(lab=name, private=True, inode=0, run=str(run))).scope)
+            rundir.remove(lab_of(name, Place(lab=name, private=True, inode=0, run=str(run))).scope)
         raise
-
-
-def _refuse_a_twin(lab: Lab) -> None:
-    """Two labs of one name would share a run directory: the second, whose place is another, is
-    refused.
-    """
-    other = _place_of(lab.run)
-    here = lab.place.inode
-    if other not in (None, here) and any(
-        int(marks["NETORCH_PLACE"]) == other and marks["NETORCH_LAB"] == lab.name
-        for _pid, marks in marked_processes()
-    ):
-        raise NetorchError(
-            f"another lab {lab.name} runs in another network namespace (net:[{other}])",
-            "give one of them another name ([lab] name), or set NETORCH_RUN_DIR",
-        )
-    _note_place(lab)
-
-
-def _note_place(lab: Lab) -> None:
-    here = lab.place.inode
-    rundir.write(lab.run / _PLACE, f"{here} private" if lab.place.private else str(here))
-
-
-def _lab(name: str, place: Place) -> Lab:
-    run = Path(place.run) if place.run else run_base() / name
-    return Lab(name, place, run, disks_base() / name)
-
-
-def _run_of(name: str) -> Path:
-    """The run directory of a lab: where its private place has it, or where it will be."""
-    running = private_places().get(name)
-    return Path(running.run) if running and running.run else run_base() / name
-
-
-def _place_of(run: Path) -> int | None:
-    """The network namespace that a run directory belongs to."""
-    try:
-        return int((run / _PLACE).read_text().split()[0])
-    except (FileNotFoundError, ValueError, IndexError):
-        return None
-
-
-def _was_private(run: Path) -> bool:
-    return (run / _PLACE).read_text().endswith(" private")
 
 
 def _desired(lab: Lab, topology: Topology, source: str) -> State:
