@@ -179,8 +179,8 @@ class _Wait:
         while self._late:
             left = deadline - time.monotonic()
             changed, ended = watch.wait(left) if left > 0 else (set(), set())
-            if ended:
-                raise self._ended(ended)
+            if gone := self._watch_again(ended, watch):
+                raise self._ended(gone)
             if left <= 0:
                 self._look()
             if left <= 0 and self._late:
@@ -197,6 +197,16 @@ class _Wait:
         for key in needed:
             for process in running[key]:
                 watch.process(process, key)
+
+    def _watch_again(self, ended: set[str], watch: Watch) -> set[str]:
+        """Those that have ended for good. A daemon becomes one by forks: who was seen may have been
+        the parent of the process that stays.
+        """
+        running = leaders(marked(self._scope)) if ended else {}
+        for key in ended & running.keys():
+            for process in running[key]:
+                watch.process(process, key)
+        return ended - running.keys()
 
     def _look(self) -> None:
         """See who has come further: by dnsmasq's logs and leases."""

@@ -158,7 +158,9 @@ def start(
             os.waitpid(pid, 0)
         for (number,) in failed:
             raise KernelError(f"failed to start {argv[0]}: {os.strerror(number)}", number)
-        return Child(told[0], os.pidfd_open(told[0]), log, log_start)
+        child = Child(told[0], os.pidfd_open(told[0]), log, log_start)
+        _await_marks(child)
+        return child
     except OSError as error:
         raise KernelError(
             f"failed to start {argv[0]}: {error.strerror}", error.errno or 0
@@ -166,6 +168,21 @@ def start(
     finally:
         for fd in opened:
             os.close(fd)
+
+
+def _await_marks(child: Child) -> None:
+    """Wait until the marks can be read: the kernel closes the report pipe some microseconds before
+    it says where the new environment is (fs/exec.c, begin_new_exec; fs/binfmt_elf.c). No event
+    tells of that, so this gives the processor away until it is there.
+    """
+    while not child.has_ended(0):
+        try:
+            with open(f"/proc/{child.pid}/environ", "rb", buffering=0) as environ:
+                if environ.read(1):
+                    return
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            return  # gone, or it has changed its user: then it has been executed
+        os.sched_yield()
 
 
 def marked(scope: Scope) -> list[Marked]:
