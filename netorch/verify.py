@@ -105,11 +105,10 @@ class _Run:
         for inside in self.guests.values():
             stack.callback(inside.close)
         self.listeners = stack.enter_context(Listeners(patience))
-        stack.callback(patience.stop)
-        # Far ends, by node and protocol with port: those that can't listen, and those that do so by
+        # Far ends, by address and probe: those that can't listen, and those that do so by
         # themselves.
-        self.deaf: dict[tuple[str | None, str], str] = {}
-        self.served: set[tuple[str | None, str]] = set()
+        self.deaf: dict[tuple[str, str], str] = {}
+        self.served: set[tuple[str, str]] = set()
         self.numbers = itertools.count()
 
     def verdicts(self, asked: Sequence[Question]) -> list[Verdict]:
@@ -146,7 +145,7 @@ class _Run:
         far, inside = question.far, self.guests.get(question.far.node or PLACE)
         if far.node is None or not far.address or (inside and question.kind == "udp"):
             return
-        key = (far.node, question.expect.by)
+        key = (far.address, question.expect.by)
         end = End(question.kind, far.address, question.port)
         try:
             if inside is not None:
@@ -205,7 +204,7 @@ class _Run:
                 text += f" in {question.seconds:g} s"
             if reached and expect.seen_as is not None:
                 return self._compared(expect.seen_as, watch.seen(), text)
-        if not reached and (reason := self.deaf.get((question.far.node, expect.by))):
+        if not reached and (reason := self.deaf.get((question.far.address, expect.by))):
             text += f"; {reason}"
         if expect.reach or answer.kind == "broken":
             return reached, text
@@ -311,7 +310,7 @@ class _Run:
         if answer.kind == "reached" or watch.seen() is None:
             return answer
         if far.node not in self.guests:
-            counts = (far.node, question.expect.by) in self.served or not question.expect.reach
+            counts = (far.address, question.expect.by) in self.served or not question.expect.reach
             if answer.kind == "silent" and counts:
                 return Answer("reached", "it arrives, and nobody answers")
         elif answer.kind == "refused" or answer.by == far.address:

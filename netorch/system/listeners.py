@@ -118,11 +118,12 @@ class Listeners:
         return words != ["used"]
 
     def echo(self) -> None:
-        """Echo datagrams, in a thread, until the run ends."""
+        """Echo datagrams, in a thread, until the block ends, and all waiting with it."""
         if self._echoes:
             thread = threading.Thread(target=self._echo, name="echo")
             thread.start()
             self._stack.callback(thread.join)
+            self._stack.callback(self._patience.stop)
 
     def _echo(self) -> None:
         with suppress(Stopped), select.epoll() as poll:

@@ -7,8 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree as xml
 
@@ -22,45 +20,9 @@ from netorch.system.leases import read
 from netorch.topology import parse
 from netorch.verify import verify
 from tests.isolation import inside
+from tests.kernel.running import LAB, expect, running
 
 ROOT = Path(__file__).parents[2]
-
-LAB = """
-[networks.inner]
-address = "192.168.150.1/24"
-
-[networks.lan]
-mode = "bridge"
-address = "203.0.113.1/24"
-
-[hosts.client]
-nics = [{ network = "inner" }]
-
-[hosts.server]
-nics = [{ network = "lan", address = "203.0.113.80/24" }]
-
-[hosts.other]
-nics = [{ network = "lan", address = "203.0.113.81/24" }]
-"""
-
-
-@contextmanager
-def running(tmp_path: Path, expect: str, text: str = LAB) -> Iterator[Lab]:
-    """The lab with these expectations, in the network namespace of the test."""
-    os.environ["NETORCH_RUN_DIR"] = str(tmp_path / "run")
-    os.environ["NETORCH_DISK_DIR"] = str(tmp_path / "disks")
-    written = f'[lab]\nname = "v{os.getpid()}"\n{text}\n{expect}'
-    outcome = labs.apply(parse(written, "lab.toml", tmp_path), "lab.toml", "current", Progress())
-    assert outcome.running is not None
-    try:
-        yield outcome.running
-    finally:
-        assert labs.teardown(outcome.running, Progress()) == []
-
-
-def expect(from_: str, to: str = "", by: str = "ping", **more: object) -> str:
-    keys = {"from": from_, **({"to": to} if to else {}), "by": by, **more}
-    return "[[expect]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items())
 
 
 def verdicts(tmp_path: Path, *expected: str) -> list[Verdict]:
