@@ -32,6 +32,8 @@ from netorch.resources import Guest
 from netorch.state import State
 from netorch.system import leases
 from netorch.system.capture import Capture, Mark, Seen
+from netorch.system.echo import Echo, knock_from_guest, knock_from_host
+from netorch.system.explain import Packets, Probe, explain, first_broken
 from netorch.system.forked import in_child
 from netorch.system.guest_commands import Inside
 from netorch.system.guest_probes import GuestVantage
@@ -64,18 +66,37 @@ def verify(lab: Lab) -> list[Verdict]:
     return [_explained(lab.scope, desired, verdict) for verdict in verdicts]
 
 
-def why(scope: Scope, desired: State, source: str, target: str) -> str:  # noqa: ARG001
-    """The first hop from `source` to `target` that is broken, in words; "" if that is not known."""
-    return ""
-
-
 def _explained(scope: Scope, desired: State, verdict: Verdict) -> Verdict:
+    """The verdict with the first broken hop, where something should have arrived and has not."""
     question = verdict.question
     if verdict.ok or not question.expect.reach:
         return verdict
-    target = question.far.node or question.far.address or question.far.name
-    because = why(scope, desired, question.source, target)
-    return msgspec.structs.replace(verdict, because=because)
+    far = question.far
+    target = far.node if far.node not in (None, PLACE, question.source) else far.address
+    probe = None
+    if question.kind in ("tcp", "udp") and far.address:
+        packets = Packets(
+            f"{question.kind} dport {question.port}", f"{question.kind} sport {question.port}"
+        )
+        probe = Probe(packets, lambda: _knock(scope, desired, question))
+    try:
+        hops = explain(scope, desired, question.source, target or "gateway", probe)
+    except NetorchError as error:
+        return msgspec.structs.replace(verdict, because=f"not to be explained: {error.message}")
+    broken = any(not hop.ok for hop in hops)
+    return msgspec.structs.replace(verdict, because=first_broken(hops) if broken else "")
+
+
+def _knock(scope: Scope, desired: State, question: Question) -> Echo:
+    source, kind, address, port = (
+        question.source,
+        question.kind,
+        question.far.address,
+        question.port,
+    )
+    if f"guest:{source}" in desired:
+        return knock_from_guest(scope, source, kind, address, port)
+    return knock_from_host(scope.namespace(source), kind, address, port)
 
 
 class _Watch:

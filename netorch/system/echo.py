@@ -61,6 +61,39 @@ def from_host(namespace: Path, host: str, address: str) -> Echo:
     return Echo(True, False, f"{address} does not answer a ping from {host}{said}")
 
 
+def knock_from_host(namespace: Path, kind: str, address: str, port: int) -> Echo:
+    """Send a TCP connection's first packet, or a UDP datagram, from a host's network namespace."""
+    stream = kind == "tcp"
+    with in_namespace(namespace):
+        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM if stream else socket.SOCK_DGRAM)
+    with client:
+        client.settimeout(SECONDS)
+        try:
+            client.connect((address, port))
+            if not stream:
+                client.send(b"\n")
+                client.recv(65536)
+        except ConnectionRefusedError:
+            return Echo(True, True, f"{address} refuses {kind}:{port}")
+        except OSError as error:
+            return Echo(True, False, f"{address} does not answer at {kind}:{port}: {error}")
+    return Echo(True, True, f"{address} answers at {kind}:{port}")
+
+
+def knock_from_guest(scope: Scope, guest: str, kind: str, address: str, port: int) -> Echo:
+    """The same from a guest, by the nc that is in it."""
+    udp = "-u " if kind == "udp" else ""
+    command = f"echo | nc {udp}-w {SECONDS} {address} {port}"
+    try:
+        done = agent_exec(scope, guest, ["sh", "-c", command])
+    except NetorchError as error:
+        return Echo(False, False, error.message)
+    refused = b"refused" in done.err
+    if (done.code == 0 and (kind == "tcp" or done.out)) or refused:
+        return Echo(True, True, f"{address} answers at {kind}:{port}")
+    return Echo(True, False, f"{address} does not answer at {kind}:{port}")
+
+
 def _request(identity: int) -> bytes:
     words = (_REQUEST << 8, identity, 1)
     total = sum(words)
