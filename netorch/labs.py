@@ -7,13 +7,13 @@ from inside.
 """
 
 from collections.abc import Callable
-from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from netorch import engine
+from netorch.addresses import uplink_subnet
 from netorch.bridging import named_interfaces, refuse_in_private, warn_of_managers
 from netorch.compiler import compile
 from netorch.engine import Progress
@@ -153,7 +153,7 @@ def apply(
         made = place is None
         if place is None:
             refuse_in_private(topology)
-            place = create_private(name, run, topology.lab.uplink, _uplink_subnet(topology))
+            place = create_private(name, run, topology.lab.uplink, uplink_subnet(topology))
         lab = Lab(name, place, run, disks_base() / name)
         try:
             if place.private:
@@ -393,24 +393,7 @@ def _fresh_facts(topology: Topology) -> Facts:
 
     has_uplink = choose(topology.lab.uplink) != "none"
     facts = Facts(
-        taken=(_uplink_subnet(topology),) if has_uplink else (),
+        taken=(uplink_subnet(topology),) if has_uplink else (),
         uplinks=(Uplink(name="uplink0", mtu=1500),) if has_uplink else (),
     )
     return _with_names(facts, topology)
-
-
-def _uplink_subnet(topology: Topology) -> str:
-    """The subnet of a private place's uplink: QEMU's and slirp4netns's 10.0.2.0/24, unless the file
-    has it.
-    """
-    written = [
-        IPv4Interface(network.address).network
-        for network in topology.networks.values()
-        if network.address not in (None, "auto")
-    ]
-    candidates = IPv4Network("10.0.0.0/8").subnets(new_prefix=24)
-    return next(
-        str(subnet)
-        for subnet in candidates
-        if subnet >= IPv4Network("10.0.2.0/24") and not any(subnet.overlaps(w) for w in written)
-    )
