@@ -125,3 +125,20 @@ class Macs:
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2s(text.encode()).digest()
+
+
+def uplink_subnet(topology: Topology) -> str:
+    """The subnet of a private place's uplink: QEMU's and slirp4netns's 10.0.2.0/24, unless the file
+    has it.
+    """
+    written = [
+        IPv4Interface(network.address).network
+        for network in topology.networks.values()
+        if network.address not in (None, "auto")
+    ]
+    candidates = IPv4Network("10.0.0.0/8").subnets(new_prefix=24)
+    return next(
+        str(subnet)
+        for subnet in candidates
+        if subnet >= IPv4Network("10.0.2.0/24") and not any(subnet.overlaps(w) for w in written)
+    )

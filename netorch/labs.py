@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from netorch import engine
+from netorch.addresses import uplink_subnet
 from netorch.bridging import named_interfaces, refuse_in_private, warn_of_managers
 from netorch.compiler import compile
 from netorch.engine import Progress
@@ -21,7 +22,7 @@ from netorch.model import Topology
 from netorch.planner import Plan, diff
 from netorch.resources import Resource, Ruleset
 from netorch.state import EMPTY, State
-from netorch.surroundings import fresh_facts, uplink_subnet, with_names
+from netorch.surroundings import fresh_facts, with_names
 from netorch.system import Adapter, System, confirmation, rundir
 from netorch.system.confirmation import Pending, Watchdog
 from netorch.system.places import (

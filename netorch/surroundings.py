@@ -1,11 +1,11 @@
 """What a lab finds around it: Facts beyond those that the kernel tells."""
 
 import contextlib
-from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 
 import msgspec
 
+from netorch.addresses import uplink_subnet
 from netorch.errors import ImageError, UsageError
 from netorch.facts import Facts, Uplink
 from netorch.model import Topology
@@ -45,20 +45,3 @@ def fresh_facts(topology: Topology) -> Facts:
         uplinks=(Uplink(name="uplink0", mtu=1500),) if has_uplink else (),
     )
     return with_names(facts, topology)
-
-
-def uplink_subnet(topology: Topology) -> str:
-    """The subnet of a private place's uplink: QEMU's and slirp4netns's 10.0.2.0/24, unless the file
-    has it.
-    """
-    written = [
-        IPv4Interface(network.address).network
-        for network in topology.networks.values()
-        if network.address not in (None, "auto")
-    ]
-    candidates = IPv4Network("10.0.0.0/8").subnets(new_prefix=24)
-    return next(
-        str(subnet)
-        for subnet in candidates
-        if subnet >= IPv4Network("10.0.2.0/24") and not any(subnet.overlaps(w) for w in written)
-    )

@@ -119,6 +119,7 @@ class Guard:
                     peer.send(b"applying")
                 elif word in (b"confirm", b"cancel"):
                     say("confirmed" if word == b"confirm" else "called off by a teardown")
+                    confirmation.forget(Path(self._order.run))  # before anybody looks again
                     peer.send(b"confirmed")
                     return True
             except OSError as error:

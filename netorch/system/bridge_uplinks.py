@@ -30,7 +30,7 @@ The file in the run directory (`netorch.system.uplink_records`) is a second leg 
 can't hold: a part of a move that the kernel refused, and a bridge that somebody else deletes.
 
 IPv6 settings (accept_ra and its like) are copied to the bridge before the move where /proc/sys is
-writable. Not moved: neighbours, traffic control, what other programs keep by the interface's name
+writable. Not moved: traffic control, what other programs keep by the interface's name
 (rules, sockets bound to it, DHCP clients: `netorch.system.uplink_checks` names those).
 """
 
@@ -58,6 +58,7 @@ Done = Callable[[Resource], None]
 _DONE_ALREADY = {
     messages.NEWADDR: (errno.EEXIST,),
     messages.NEWROUTE: (errno.EEXIST,),
+    messages.DELNEIGH: (errno.ENOENT,),
     messages.DELADDR: (errno.EADDRNOTAVAIL,),
     messages.DELROUTE: (errno.ESRCH, errno.ENOENT),
     messages.NEWLINKPROP: (errno.EEXIST,),

@@ -14,8 +14,12 @@ changed, and why:
 - A label stays as it is, `eth1` or `eth1:web`, on the bridge as well: it is how the addresses
   that moved there are told from those of the bridge's own, whose label is the bridge's name.
 
+Known neighbours come along. Otherwise the first packet on the other interface asks for its
+neighbour's MAC, the answer may come in by the wrong one of the two, and the kernel asks again only
+after a second.
+
 Not part of it: the table `local` and IPv6 link-local addresses that the kernel makes for each
-interface by itself (unless addr_gen_mode is none: then someone else has made them); neighbours.
+interface by itself (unless addr_gen_mode is none: then someone else has made them).
 """
 
 import socket
@@ -29,11 +33,14 @@ from netorch.system.messages import (
     APPEND,
     CREATE,
     DELADDR,
+    DELNEIGH,
     DELROUTE,
     EXCLUSIVE,
     GETADDR,
+    GETNEIGH,
     GETROUTE,
     NEWADDR,
+    NEWNEIGH,
     NEWROUTE,
 )
 from netorch.system.netlink import HEADER, Netlink
@@ -41,6 +48,7 @@ from netorch.system.netlink import HEADER, Netlink
 _ADDRESS = struct.Struct("=BBBBi")  # ifaddrmsg: family, prefix length, flags, scope, index
 _ROUTE = struct.Struct("=8BI")  # rtmsg: family, lengths, tos, table, protocol, scope, type, flags
 _ATTRIBUTE = struct.Struct("=HH")
+_NEIGHBOUR = struct.Struct("=B3xiHBB")  # ndmsg: family, index, state, flags, type
 _HOP = struct.Struct("=HBBi")  # rtnexthop: length, flags, hops, index
 _REPLACE = 0x100
 # <linux/if_addr.h>
@@ -52,6 +60,9 @@ _RTA_DST, _RTA_IIF, _RTA_OIF, _RTA_PRIORITY, _RTA_PREFSRC = 1, 3, 4, 6, 7
 _RTA_GATEWAY, _RTA_MULTIPATH, _RTA_CACHEINFO, _RTA_TABLE, _RTA_VIA = 5, 9, 12, 15, 18
 _RTA_EXPIRES, _RTA_NH_ID = 23, 30
 _ONLINK = 4
+# <linux/neighbour.h>
+_NDA_DST, _NDA_LLADDR = 1, 2
+_KNOWN, _STALE, _PERMANENT = 0x02 | 0x04 | 0x08 | 0x10, 0x04, 0x80
 _LOCAL_TABLE = 255
 _TICKS = 100  # USER_HZ, in which the kernel tells when a route expires
 
@@ -71,12 +82,16 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     addresses: tuple[bytes, ...] = ()
     routes: tuple[Route, ...] = ()
+    neighbours: tuple[bytes, ...] = ()
 
     def taken(self, index: int) -> Iterator[bytearray]:
         """The messages that take all of it from the interface `index`."""
         routes = sorted(self.routes, key=lambda route: not _has_gateway(route.body))
         for route in routes:
             yield _message(DELROUTE, 0, _route(route.body, self.index, index))
+        for body in self.neighbours:
+            if _NEIGHBOUR.unpack_from(body)[2] & _PERMANENT:  # the kernel forgets the others
+                yield _message(DELNEIGH, 0, _neighbour(body, index))
         for body in reversed(self.addresses):
             yield _message(DELADDR, 0, _removal(body, index))
 
@@ -90,6 +105,8 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
                 flags = CREATE | EXCLUSIVE
                 yield _message(NEWADDR, flags, _address(body, index, _NODAD))
                 yield _message(NEWADDR, _REPLACE, _address(body, index))
+        for body in self.neighbours:
+            yield _message(NEWNEIGH, CREATE | _REPLACE, _neighbour(body, index))
         for route in sorted(self.routes, key=lambda route: _has_gateway(route.body)):
             append = not route.first and route.body[0] == socket.AF_INET
             flags = CREATE | (APPEND if append else 0)
@@ -150,7 +167,22 @@ def look(
                 source in sources
             ):
                 routes.append(route)
-    return Holding(index=index, addresses=tuple(addresses), routes=tuple(routes))
+    return Holding(
+        index=index,
+        addresses=tuple(addresses),
+        routes=tuple(routes),
+        neighbours=tuple(_neighbours(netlink, index)),
+    )
+
+
+def _neighbours(netlink: Netlink, index: int) -> Iterator[bytes]:
+    """Those whose MAC is known, but for the kernel's own (multicast)."""
+    for view in netlink.dump(GETNEIGH, _NEIGHBOUR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
+        body = bytes(view)
+        family, at, state, _, _ = _NEIGHBOUR.unpack_from(body)
+        ours = at == index and family in (socket.AF_INET, socket.AF_INET6)
+        if ours and state & (_KNOWN | _PERMANENT):
+            yield body
 
 
 def link_locals(netlink: Netlink, index: int) -> list[bytearray]:
@@ -172,6 +204,9 @@ def describe(message: bytes) -> str:
         to = f"{_text(attributes[_RTA_DST])}/{body[1]}" if _RTA_DST in attributes else "default"
         by = f" via {_text(attributes[_RTA_GATEWAY])}" if _RTA_GATEWAY in attributes else ""
         return f"route {to}{by} of table {_table(body, attributes)}"
+    if kind in (NEWNEIGH, DELNEIGH):
+        attributes = dict(_attributes(body[_NEIGHBOUR.size :]))
+        return f"neighbour {_text(attributes[_NDA_DST])}"
     return "its place in the bridge"
 
 
@@ -202,6 +237,14 @@ def _identity(body: bytes) -> tuple[int, int, bytes]:
     """Family, prefix length and local address."""
     attributes = dict(_attributes(body[_ADDRESS.size :]))
     return body[0], body[1], attributes.get(_IFA_LOCAL, attributes[_IFA_ADDRESS])
+
+
+def _neighbour(body: bytes, index: int) -> bytes:
+    """Those that the kernel has learned go as stale: used at once, and verified then."""
+    family, _, state, flags, kind = _NEIGHBOUR.unpack_from(body)
+    kept = [p for p in _attributes(body[_NEIGHBOUR.size :]) if p[0] in (_NDA_DST, _NDA_LLADDR)]
+    state = state if state & _PERMANENT else _STALE
+    return _NEIGHBOUR.pack(family, index, state, flags, kind) + _packed(kept)
 
 
 def _route(body: bytes, old: int, new: int) -> bytes:

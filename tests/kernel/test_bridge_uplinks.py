@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -451,12 +452,11 @@ def test_wireless_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_dhcp_client_is_named() -> None:
     uplink()
-    words = ["dhclient", "-c", "import time; time.sleep(60)", "eth1"]
-    child = os.posix_spawn(sys.executable, words, os.environ)
-    try:
-        # /proc has its command line as soon as it is executed, which posix_spawn waits for.
+    words = ["dhclient", "-c", "print(flush=True); input()", "eth1"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, executable=sys.executable, stdin=pipe, stdout=pipe) as client:
+        assert client.stdout is not None
+        client.stdout.readline()
         (line,) = uplink_checks.managers("eth1")
-        assert line.startswith(f"dhclient (pid {child}) keeps eth1's lease")
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        assert line.startswith(f"dhclient (pid {client.pid}) keeps eth1's lease")
+        client.communicate(b"\n")

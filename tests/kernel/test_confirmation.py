@@ -89,7 +89,7 @@ def test_confirmed_it_stays(directory: Path) -> None:
     assert f"it is put back in 600 s unless you say `netorch confirm {LAB}`" in said
     assert f"`netorch confirm {LAB}` comes in time: " in netorch("status", LAB)
     assert f"{LAB} stays as it is\n" in netorch("confirm", LAB)
-    assert list(watchdogs()) == []
+    wait_for_its_end()
     assert "in time" not in netorch("status", LAB)
     assert "waits for no confirmation" in netorch("confirm", LAB, status=2)
     netorch("teardown", LAB)

@@ -33,6 +33,7 @@ ip route add 192.0.2.0/24 via 198.51.100.1 dev eth1 onlink table 77
 ip route add 203.0.113.0/24 nexthop via 10.0.0.254 weight 1 nexthop via 10.0.0.253 weight 3
 ip route add 203.0.114.0/24 dev other src 10.0.0.6
 ip route add blackhole 203.0.115.0/24
+ip neigh add 10.0.0.44 lladdr 52:54:00:00:00:44 dev eth1 nud permanent
 ip route add 198.18.0.0/15 dev eth1 scope link tos 0x10
 """
 RICH6 = """
@@ -96,6 +97,7 @@ def standing(name: str = "eth1") -> dict[str, list[str]]:
         "link": [re.sub(r"\d+: ", "", link, count=1)],
         "addresses": _addresses(name),
         "routes": _routes(),
+        "neighbours": sorted(sh(f"ip neigh show dev {name} nud permanent").splitlines()),
     }
 
 
