@@ -38,7 +38,10 @@ def in_child(work: Callable[[], bytes]) -> bytes:
         _, status = os.waitpid(child, 0)
     if status != 0:
         code = os.waitstatus_to_exitcode(status)
-        raise NetorchError(f"failed to finish: the process that did the work ended with {code}")
+        raise NetorchError(
+            f"failed to finish: the process that did the work ended with {code}",
+            "was the lab taken down meanwhile?" if code == -signal.SIGKILL else "",
+        )
     return result
 
 
