@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 
 from netorch import labs, nodes, picture, wire
+from netorch.addresses import uplink_subnet
 from netorch.engine import Progress
 from netorch.errors import ConflictError, MissingError, NetorchError, ReadyError
-from netorch.surroundings import uplink_subnet
 from netorch.system import cables, rundir
 from netorch.system.owned_place import OwnedPlace
 from netorch.system.places import (
