@@ -34,13 +34,15 @@ def run(item: pytest.Function) -> None:
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        os.close(receiving)
-        outcome = _outcome(item, arguments)
-        with os.fdopen(sending, "wb") as pipe:
-            pickle.dump(outcome, pipe)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        try:
+            os.close(receiving)
+            outcome = _outcome(item, arguments)
+            with os.fdopen(sending, "wb") as pipe:
+                pickle.dump(outcome, pipe)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also if the session has died: this child must not go on with its tests
+            os._exit(0)
     os.close(sending)
     with os.fdopen(receiving, "rb") as pipe:
         sent = pipe.read()

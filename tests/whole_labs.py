@@ -396,16 +396,22 @@ def in_child(body: Callable[[], object]) -> object:
 
 def _run_and_exit(body: Callable[[], object], sending: int) -> NoReturn:
     try:
-        answer: tuple[str, object] = ("returned", body())
+        answer = _answered(body)
+        sys.setprofile(None)
+        with os.fdopen(sending, "wb") as pipe:
+            pickle.dump(answer, pipe)
+    finally:  # also if the session has died: this child must not go on with its tests
+        os._exit(0)
+
+
+def _answered(body: Callable[[], object]) -> tuple[str, object]:
+    try:
+        return "returned", body()
     except ApplyError as error:
         refused = Refused(error.message, error.hint, tuple(error.undone), tuple(error.left))
-        answer = ("returned", refused)
+        return "returned", refused
     except BaseException:
-        answer = ("raised", traceback.format_exc())
-    sys.setprofile(None)
-    with os.fdopen(sending, "wb") as pipe:
-        pickle.dump(answer, pipe)
-    os._exit(0)
+        return "raised", traceback.format_exc()
 
 
 def _await_carriers() -> None:

@@ -56,8 +56,10 @@ def run_forked(body: Callable[[], None]) -> str:
         except BaseException:
             text = traceback.format_exc()
         finally:
-            os.write(writer, text.encode()[-60000:])
-            os._exit(0)
+            try:
+                os.write(writer, text.encode()[-60000:])
+            finally:  # also if the session has died: this child must not go on with its tests
+                os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as file:
         text = file.read().decode()
