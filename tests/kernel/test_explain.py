@@ -24,6 +24,7 @@ from netorch.system.processes import end, leaders, marked
 from netorch.system.scope import Scope
 from netorch.system.tracing import PINGS, Trace
 from netorch.topology import parse
+from netorch.verify import verify
 from tests.isolation import inside, ip
 
 pytestmark = [
@@ -54,6 +55,17 @@ nics = [{{ network = "lan", address = "203.0.113.80/24" }}]
 
 [hosts.other]
 nics = [{{ network = "lan", address = "203.0.113.81/24", gateway = false }}]
+
+[[expect]]
+from    = "client"
+to      = "server"
+seen_as = "203.0.113.1"
+within  = 2
+
+[[expect]]
+from   = "client"
+by     = "dhcp"
+within = 2
 """
 
 ROOT = Path(__file__).parents[2]
@@ -371,3 +383,21 @@ def test_sigkill_in_the_middle_of_a_trace_leaves_no_table() -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert nft_tables() == ""
+
+
+VERIFIED = (
+    *("veth down", "wrong bridge", "lease gone", "our table flushed", "foreign policy"),
+    *("foreign rule", "forwarding in", "forwarding out", "no default route"),
+)
+
+
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verify_names_the_broken_hop(name: str, tmp_path: Path) -> None:
+    breaking, expected = BREAKINGS[name]
+    with running(tmp_path) as (scope, _desired):
+        breaking(scope)
+        verdicts = verify(labs.find(scope.lab))
+    failed = [verdict for verdict in verdicts if not verdict.ok]
+    assert failed, verdicts
+    assert failed[0].because.startswith(expected), failed
+    assert " is broken: " in failed[0].because

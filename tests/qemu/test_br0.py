@@ -15,6 +15,7 @@ from netorch.engine import Progress
 from netorch.system.namespaces import in_namespace
 from netorch.system.tiny import tiny_image
 from netorch.topology import parse
+from netorch.verify import verify
 from tests.isolation import require_tun
 from tests.kernel.cables import sh
 from tests.kernel.machine import PREFIX, on_a_machine
@@ -61,6 +62,27 @@ def test_the_bridged_guest_is_on_the_lan_and_the_other_behind_nat(
     finally:
         assert labs.teardown(labs.find(name), Progress()) == []
     assert standing() == before
+
+
+@on_a_machine
+def test_the_expectations_hold_with_an_uplink(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The uplink has no address of its own here, so that the LAN's one of the file is br0's."""
+    require_tun()
+    monkeypatch.setenv("NETORCH_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("NETORCH_DISK_DIR", str(tmp_path / "disks"))
+    uplink("")
+    name = f"{PREFIX}proved"
+    text = SHIPPED.read_text().replace('bridge  = "br0"', 'bridge  = "br0"\nuplink  = "eth1"')
+    topology = parse(text, f"{name}.toml", SHIPPED.parent)
+    try:
+        labs.apply(topology, str(SHIPPED), "current", Progress())
+        verdicts = verify(labs.find(name))
+        assert len(verdicts) == 8
+        assert all(verdict.ok for verdict in verdicts), verdicts
+    finally:
+        assert labs.teardown(labs.find(name), Progress()) == []
 
 
 def seen_by(far: int, lab: str, node: str) -> str:

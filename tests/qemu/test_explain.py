@@ -27,6 +27,7 @@ from netorch.system.scope import Scope
 from netorch.system.services import Dnsmasqs
 from netorch.system.tiny import tiny_image
 from netorch.topology import parse
+from netorch.verify import verify
 from tests.isolation import inside, ip, require_tun
 from tests.kernel.machine import run_forked
 
@@ -61,6 +62,17 @@ nics   = [{{ network = "lan", address = "10.0.0.120" }}]
 
 [hosts.server]
 nics = [{{ network = "lan", address = "10.0.0.80/24" }}]
+
+[[expect]]
+from    = "vm1"
+to      = "server"
+seen_as = "10.0.0.1"
+within  = 3
+
+[[expect]]
+from   = "vm1"
+by     = "dhcp"
+within = 3
 """
 FOREIGN = "table ip foreign {\nchain forward {\ntype filter hook forward priority 0; policy drop\n"
 FOREIGN += "iifname lo accept\n}\n}\n"
@@ -170,6 +182,12 @@ def wanted(desired: State, key: str) -> list[Resource]:
     return [resource]
 
 
+def back_on_its_bridge(scope: Scope, desired: State) -> None:
+    """On br0 this machine has answered ARP for 192.168.122.1 with br0's MAC: vm1 must forget that."""
+    link("vm1-0", "master", "virbr0")(scope, desired)
+    guest("vm1", "ip neigh flush dev eth0")(scope, desired)
+
+
 def new_rules(scope: Scope, desired: State) -> None:
     Firewall(scope).create(wanted(desired, "ruleset"), nothing)
 
@@ -202,7 +220,7 @@ BREAKINGS: dict[str, tuple[Change, Change, str, str, str]] = {
     "tap down": (link("vm1-0", "down"), link("vm1-0", "up"), "vm1", "server", "tap vm1-0"),
     "wrong bridge": (
         link("vm1-0", "master", "br0"),
-        link("vm1-0", "master", "virbr0"),
+        back_on_its_bridge,
         *("vm1", "server", "bridge port vm1-0"),
     ),
     "QEMU's link off": (
@@ -296,5 +314,29 @@ def test_the_broken_hop_is_named(name: str) -> None:
         finally:
             mending(scope, desired)
         assert broken(hops) == expected, hops
+
+    in_the_lab(body)
+
+
+VERIFIED = (
+    *("tap down", "wrong bridge", "lease gone", "our table flushed", "foreign drop"),
+    *("forwarding off", "no default route"),
+)
+
+
+@pytest.mark.usefixtures("lab")
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verify_names_the_broken_hop(name: str) -> None:
+    breaking, mending, _source, _target, expected = BREAKINGS[name]
+
+    def body(scope: Scope, desired: State) -> None:
+        breaking(scope, desired)
+        try:
+            verdicts = verify(labs.find(LAB))
+        finally:
+            mending(scope, desired)
+        failed = [verdict for verdict in verdicts if not verdict.ok]
+        assert failed, verdicts
+        assert failed[0].because.startswith(f"{expected} is broken: "), failed
 
     in_the_lab(body)
