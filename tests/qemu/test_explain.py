@@ -183,7 +183,7 @@ def wanted(desired: State, key: str) -> list[Resource]:
 
 
 def back_on_its_bridge(scope: Scope, desired: State) -> None:
-    """On br0 this machine has answered ARP for 192.168.122.1 with br0's MAC: vm1 must forget that."""
+    """This machine has answered on br0 for 192.168.122.1, with br0's MAC: vm1 must forget that."""
     link("vm1-0", "master", "virbr0")(scope, desired)
     guest("vm1", "ip neigh flush dev eth0")(scope, desired)
 
