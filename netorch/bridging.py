@@ -24,6 +24,17 @@ def refuse_in_private(topology: Topology) -> None:
         )
 
 
+def needs_no_rights(topology: Topology) -> bool:
+    """Is it nothing but guests on bridges of others? qemu-bridge-helper has taps for them."""
+    nics = [nic for guest in topology.guests.values() for nic in guest.nics]
+    return (
+        bool(nics)
+        and all(network.external for network in topology.networks.values())
+        and all(nic.queues == 1 for nic in nics)
+        and not (topology.hosts or topology.taps)
+    )
+
+
 def named_interfaces(topology: Topology) -> list[str]:
     """The interfaces of others that the file names."""
     networks = topology.networks.values()

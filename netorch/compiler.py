@@ -234,6 +234,8 @@ class _Compiler:
 
     def _guest_taps(self, name: str, guest: Guest) -> Iterator[Tap]:
         for index, nic in enumerate(guest.nics):
+            if self.facts.helper:
+                continue
             mac = self.macs.of_nic(name, index, nic.mac)
             yield self._tap(
                 f"{name}:{index}", tap_name(name, index, nic), nic.network, nic.queues, 0, mac
@@ -291,8 +293,9 @@ class _Compiler:
                 GuestNic(
                     mac=self.macs.of_nic(name, index, nic.mac),
                     model=nic.model,
-                    tap=tap_name(name, index, nic),
+                    tap="" if self.facts.helper else tap_name(name, index, nic),
                     queues=nic.queues,
+                    bridge=self.bridges[nic.network] if self.facts.helper else "",
                 )
                 for index, nic in enumerate(guest.nics)
             ),

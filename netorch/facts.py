@@ -29,6 +29,8 @@ class Facts(msgspec.Struct, frozen=True):
     addresses: dict[str, str] = {}
     # The interfaces that the file names, as far as they are there.
     interfaces: dict[str, Interface] = {}
+    # Taps can't be made here, but qemu-bridge-helper gives guests some, on bridges of others.
+    helper: bool = False
     # What words of the file stand for here: a user's uid, and an image's format by its path.
     users: dict[str, int] = {}
     formats: dict[str, str] = {}

@@ -13,7 +13,7 @@ import msgspec
 
 from netorch import engine
 from netorch.addresses import uplink_subnet
-from netorch.bridging import named_interfaces, refuse_in_private, warn_of_managers
+from netorch.bridging import named_interfaces, needs_no_rights, refuse_in_private, warn_of_managers
 from netorch.compiler import compile
 from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError
@@ -30,6 +30,7 @@ from netorch.system.places import (
     create_private,
     destroy,
     enter,
+    has_net_admin,
     private_places,
 )
 from netorch.system.scope import TABLE_PREFIX, Scope, current_place, disks_base, run_base
@@ -297,5 +298,7 @@ def _create_private(topology: Topology, run: Path) -> Place:
 def _desired(lab: Lab, topology: Topology, source: str) -> State:
     from netorch.system.facts import observe_facts
 
-    facts = with_names(observe_facts(lab.scope, named_interfaces(topology)), topology)
+    observed = observe_facts(lab.scope, named_interfaces(topology))
+    helper = needs_no_rights(topology) and not has_net_admin()
+    facts = with_names(msgspec.structs.replace(observed, helper=helper), topology)
     return compile(topology, facts, lab.run, lab.scope.table, source)

@@ -310,12 +310,16 @@ class Overlay(Resource, frozen=True):
 
 
 class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's NIC: the device that it sees (`model`, `mac`) and the tap behind it."""
+    """A guest's NIC: the device that it sees (`model`, `mac`) and the tap behind it.
+
+    `tap` is "" where qemu-bridge-helper gives it one, on the bridge of somebody else's `bridge`.
+    """
 
     mac: str
     model: str
     tap: str
     queues: int = 1
+    bridge: str = ""
 
 
 class Guest(Resource, frozen=True):
@@ -344,7 +348,7 @@ class Guest(Resource, frozen=True):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        taps = tuple(f"tap:{self.name}:{index}" for index in range(len(self.nics)))
+        taps = (f"tap:{self.name}:{i}" for i, nic in enumerate(self.nics) if nic.tap)
         disk = () if self.image == "tiny" else (f"overlay:{self.name}",)
         services = (f"dnsmasq:{network}" for network in self.networks)
         return ("record", "ruleset", *disk, *taps, *services)

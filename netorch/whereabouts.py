@@ -5,10 +5,11 @@ from typing import Literal
 
 import msgspec
 
+from netorch.bridging import needs_no_rights
 from netorch.errors import NetorchError, UsageError
 from netorch.model import Topology
 from netorch.resources import Record
-from netorch.system import rundir
+from netorch.system import bridge_helper, rundir
 from netorch.system.places import Place, has_net_admin, marked_processes, private_places
 from netorch.system.scope import Scope, current_place, disks_base, run_base
 
@@ -102,7 +103,10 @@ def place_for(topology: Topology, choice: PlaceChoice) -> Place | None:
                 f"take it down first: netorch teardown {name}",
             )
         return running
-    if wanted == "private" or (wanted == "auto" and not has_net_admin()):
+    without_rights = wanted == "auto" and not has_net_admin()
+    if without_rights and needs_no_rights(topology) and bridge_helper.installed():
+        return Place(lab=name, private=False, inode=current_place())
+    if wanted == "private" or without_rights:
         if _place_of(run_base() / name) == current_place() and has_net_admin():
             raise UsageError(
                 f"lab {name} runs in the current network namespace",

@@ -17,6 +17,7 @@ from netorch.errors import NetorchError
 from netorch.planner import Update
 from netorch.resources import Forwarding, Resource, Ruleset
 from netorch.system.forwarding import Claims, interfaces
+from netorch.system.namespaces import may_change_links
 from netorch.system.nft import Nft
 from netorch.system.scope import Scope
 
@@ -48,6 +49,8 @@ class Firewall:
         return Claims(self._lab, self._nft)
 
     def observe(self) -> Iterable[Resource]:
+        if not may_change_links():
+            return  # who may not see tables has made none
         tables = self._nft.tables()
         if self._table in tables:
             yield self._ruleset()

@@ -32,6 +32,7 @@ from netorch.planner import Update
 from netorch.resources import Guest, GuestNic, Resource
 from netorch.system import disks
 from netorch.system.accel import accelerator
+from netorch.system.bridge_helper import open_tap
 from netorch.system.processes import Child, Marked, end, leaders, marked, program, start
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.scope import Scope
@@ -179,7 +180,9 @@ class Guests:
                 opened.enter_context(listen(directory / f"{name}.sock")).fileno()
                 for name in ("qmp", "serial", "agent")
             )
-            taps = tuple(tuple(_open_tap(nic, guest.name, opened)) for nic in guest.nics)
+            taps = tuple(
+                tuple(_open_tap(self._scope, nic, guest.name, opened)) for nic in guest.nics
+            )
             boot = self._boot(guest, opened)
             qmp = Qmp(directory / "qmp.sock", guest.name)
             accel = accelerator() if guest.accel == "auto" else guest.accel
@@ -256,8 +259,15 @@ def _await_greeting(started: _Started) -> None:
         raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
 
 
-def _open_tap(nic: GuestNic, guest: str, opened: contextlib.ExitStack) -> Iterator[int]:
+def _open_tap(
+    scope: Scope, nic: GuestNic, guest: str, opened: contextlib.ExitStack
+) -> Iterator[int]:
     """A descriptor for each queue of the tap. Raises KernelError."""
+    if nic.bridge:
+        fd = open_tap(scope, nic.bridge, scope.run / "bridge-helper.log")
+        opened.callback(os.close, fd)
+        yield fd
+        return
     # All flags but IFF_MULTI_QUEUE are taken over from who opens the tap (drivers/net/tun.c,
     # tun_set_iff).
     flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if nic.queues > 1 else 0)

@@ -167,6 +167,24 @@ def test_taps_have_the_owner_and_the_guests_mac_with_fe() -> None:
     assert state.of(Guest)[0].nics[0].mac == "52:54:00:ab:cd:ef"
 
 
+def test_where_no_tap_can_be_made_the_helper_gives_guests_theirs() -> None:
+    text = """
+        [networks.lan]
+        mode = "bridge"
+        bridge = "br0"
+        external = true
+        [guests.vm1]
+        nics = [{ network = "lan" }]
+    """
+    made = compiled(text)
+    assert [nic.tap for nic in made.of(Guest)[0].nics] == ["vm1-0"]
+    given = compiled(text, Facts(helper=True))
+    assert not given.of(Tap)
+    (guest,) = given.of(Guest)
+    assert [(nic.tap, nic.bridge) for nic in guest.nics] == [("", "br0")]
+    assert guest.needs == ("record", "ruleset")
+
+
 def test_every_need_is_met() -> None:
     for path in (ROOT / "topologies").glob("*.toml"):
         topology = load(path)

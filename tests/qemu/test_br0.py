@@ -13,24 +13,19 @@ import pytest
 from netorch import labs
 from netorch.engine import Progress
 from netorch.system.namespaces import in_namespace
-from netorch.system.tiny import tiny_image
-from netorch.topology import parse
+from netorch.topology import load, parse
 from netorch.verify import verify
 from tests.isolation import require_tun
 from tests.kernel.cables import sh
 from tests.kernel.machine import PREFIX, on_a_machine
 from tests.kernel.uplinks import PLAIN, ROUTER, standing, uplink
+from tests.qemu.labs.lab import wait_for
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("qemu-system-x86_64"), reason="qemu-system-x86_64 is not installed"
 )
-SHIPPED = Path(__file__).parents[2] / "topologies" / "virbr0-vs-br0.toml"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _tiny() -> None:
-    """Built before the test goes where there is no network."""
-    tiny_image(print)
+TOPOLOGIES = Path(__file__).parents[2] / "topologies"
+SHIPPED = TOPOLOGIES / "virbr0-vs-br0.toml"
 
 
 @on_a_machine
@@ -83,6 +78,34 @@ def test_the_expectations_hold_with_an_uplink(
         assert all(verdict.ok for verdict in verdicts), verdicts
     finally:
         assert labs.teardown(labs.find(name), Progress()) == []
+
+
+@on_a_machine
+def test_the_shipped_br0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its guest asks the LAN's own DHCP server, which is on the far machine."""
+    require_tun()
+    monkeypatch.setenv("NETORCH_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("NETORCH_DISK_DIR", str(tmp_path / "disks"))
+    far = uplink(PLAIN)
+    before = standing()
+    leases = tmp_path / "leases"
+    leases.touch()
+    server = ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--no-ping"]
+    server += ["--user=root", "--group=", "--pid-file=", f"--dhcp-leasefile={leases}"]
+    server += ["--interface=eth0", "--dhcp-range=10.0.0.100,10.0.0.110,1h"]
+    topology = parse((TOPOLOGIES / "br0.toml").read_text(), f"{PREFIX}shipped.toml", TOPOLOGIES)
+    assert topology.networks == load(TOPOLOGIES / "br0.toml").networks
+    with in_namespace(far):
+        dhcp = subprocess.Popen(server)
+    try:
+        labs.apply(topology, "br0.toml", "current", Progress())
+        wait_for(leases, lambda text: "vm1" in text)
+        assert labs.status(labs.find(topology.name)).in_sync
+    finally:
+        dhcp.kill()
+        dhcp.wait()
+        assert labs.teardown(labs.find(topology.name), Progress()) == []
+    assert standing() == before
 
 
 def seen_by(far: int, lab: str, node: str) -> str:

@@ -2,6 +2,7 @@
 
 What the golden files of tests/pure/golden render, and where it runs for real:
 
+    states/br0               tests/qemu/test_br0.py, test_the_shipped_br0
     states/default           test_names.test_the_reserved_lease_is_the_same_everywhere
     states/hosts-only        test_hosts_only
     states/isolated          test_isolated
@@ -213,10 +214,11 @@ def test_taps_for_a_machine_that_something_else_starts(machine: Machine) -> None
 def test_golden_files_are_all_exercised(machine: Machine) -> None:
     assert {path.name for path in GOLDEN.iterdir()} == {"guests", "mistakes", "states"}
     assert {path.stem for path in (GOLDEN / "guests").iterdir()} == set(SHAPES)
-    sources = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    sources = [path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py")]
     for kind in (GOLDEN / "states", TOPOLOGIES):
         for path in kind.iterdir():
-            assert any(f'machine.shipped("{path.stem}")' in source for source in sources), path
+            used = (f'machine.shipped("{path.stem}")', f'load(TOPOLOGIES / "{path.stem}.toml")')
+            assert any(use in source for source in sources for use in used), path
 
 
 def _start_qemu(machine: Machine, netdev: str, device: str) -> None:
