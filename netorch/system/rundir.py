@@ -80,8 +80,14 @@ def remove(scope: Scope) -> None:
 
 
 def all_of(base: Path) -> list[Path]:
-    """The run directories below `base`."""
-    return [path for path in base.iterdir() if path.is_dir()] if base.is_dir() else []
+    """The run directories below `base`. An empty base is what a killed teardown left: it goes."""
+    if not base.is_dir():
+        return []
+    found = [path for path in base.iterdir() if path.is_dir()]
+    if not found:
+        with contextlib.suppress(OSError):  # not empty after all, or not ours
+            base.rmdir()
+    return found
 
 
 def recorded(run: Path) -> Record | None:
