@@ -22,9 +22,9 @@ from netorch.resources import Forwarding, Resource
 from netorch.system import messages
 from netorch.system.netlink import Netlink
 from netorch.system.nft import Nft
+from netorch.system.scope import CLAIMS_PREFIX
 from netorch.system.snapshot import Link, links
 
-_PREFIX = "netorchundo_"
 _ELEMENT = re.compile(r'"([^"]+)" : 0x0*([01])\b')
 
 
@@ -32,7 +32,7 @@ class Claims:
     """The claims of one lab on foreign interfaces' forwarding flags."""
 
     def __init__(self, lab: str, nft: Nft) -> None:
-        self._table = f"{_PREFIX}{lab}"
+        self._table = CLAIMS_PREFIX + lab
         self._nft = nft
 
     def observe(self, tables: Sequence[str]) -> Iterator[Forwarding]:
@@ -98,7 +98,7 @@ class Claims:
         for table in self._nft.tables():
             if table == self._table:
                 own = self._claimed(table)
-            elif table.startswith(_PREFIX):
+            elif table.startswith(CLAIMS_PREFIX):
                 others |= self._claimed(table)
         return own, others
 

@@ -18,7 +18,6 @@ import fcntl
 import os
 import shutil
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,15 @@ from netorch.system.processes import Child, Marked, end, leaders, marked, progra
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.scope import Scope
 from netorch.system.services import note_start
+from netorch.system.taps import (
+    DEVICE,
+    IFF_MULTI_QUEUE,
+    IFF_NO_PI,
+    IFF_TAP,
+    IFF_VNET_HDR,
+    IFREQ,
+    TUNSETIFF,
+)
 from netorch.system.tiny import tiny_image
 
 QEMU = "qemu-system-x86_64"
@@ -50,14 +58,8 @@ _RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended
 _UNREACHABLE = "unreachable"
 _SEVERAL = "running more than once"
 
-# <linux/if_tun.h>
-_TUNSETIFF = 0x400454CA
 _RTMGRP_LINK = 1
 _BUSY_SECONDS = 3.0  # the kernel tells of a lost carrier within one second
-_IFF_TAP = 0x0002
-_IFF_MULTI_QUEUE = 0x0100
-_IFF_NO_PI = 0x1000
-_IFF_VNET_HDR = 0x4000
 
 
 class _Started(NamedTuple):
@@ -270,15 +272,15 @@ def _open_tap(
         return
     # All flags but IFF_MULTI_QUEUE are taken over from who opens the tap (drivers/net/tun.c,
     # tun_set_iff).
-    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if nic.queues > 1 else 0)
+    flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if nic.queues > 1 else 0)
     if nic.tap not in (name for _index, name in socket.if_nameindex()):  # TUNSETIFF would make one
         reason = os.strerror(errno.ENODEV)
         raise KernelError(f"failed to open tap {nic.tap} for guest {guest}: {reason}", errno.ENODEV)
     try:
         for _queue in range(nic.queues):
-            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
             opened.callback(os.close, fd)
-            _attach(fd, struct.pack("16sH22x", nic.tap.encode(), flags))
+            _attach(fd, IFREQ.pack(nic.tap.encode(), flags))
             yield fd
     except OSError as error:
         raise KernelError(
@@ -297,7 +299,7 @@ def _attach(fd: int, request: bytes) -> None:
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
             try:
-                fcntl.ioctl(fd, _TUNSETIFF, request)
+                fcntl.ioctl(fd, TUNSETIFF, request)
                 return
             except OSError as error:
                 left = deadline - time.monotonic()

@@ -18,7 +18,7 @@ import msgspec
 from netorch.resources import Resource, encode
 
 TABLE_PREFIX = "netorch_"
-CLAIMS_PREFIX = "netorchundo_"
+CLAIMS_PREFIX = "netorchundo_"  # of the table that remembers what foreign interfaces were like
 
 
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,11 +41,6 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def table(self) -> str:
         return TABLE_PREFIX + self.lab
-
-    @property
-    def claims(self) -> str:
-        """The nft table that remembers what foreign interfaces were like."""
-        return CLAIMS_PREFIX + self.lab
 
     @property
     def namespaces(self) -> Path:

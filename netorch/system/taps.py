@@ -22,10 +22,16 @@ from netorch.system.scope import Scope
 from netorch.system.snapshot import Link, Snapshot
 
 DEVICE = "/dev/net/tun"
-_TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
+TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 _TUNSETIFINDEX = 0x400454DA
-_IFREQ = struct.Struct("16sH22x")
-_TAP, _NO_PI, _VNET_HDR, _MULTI_QUEUE, _EXCLUSIVE = 0x0002, 0x1000, 0x4000, 0x0100, 0x8000
+IFREQ = struct.Struct("16sH22x")
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE, _EXCLUSIVE = (
+    0x0002,
+    0x1000,
+    0x4000,
+    0x0100,
+    0x8000,
+)
 # IFLA_TUN_: owner, vnet_hdr, multi_queue (<linux/if_link.h>)
 _INFO_OWNER, _INFO_VNET_HDR, _INFO_MULTI_QUEUE = 1, 5, 7
 _NEW_MTU = 1500  # drivers/net/tun.c takes Ethernet's
@@ -50,11 +56,11 @@ def observe(link: Link, id: str, network: str, bridge: str) -> Tap:
 
 def flags(tap: Tap) -> int:
     """The flags of TUNSETIFF; whoever opens a queue of the tap has to give the same."""
-    chosen = _TAP | _NO_PI
+    chosen = IFF_TAP | IFF_NO_PI
     if tap.vnet_hdr:
-        chosen |= _VNET_HDR
+        chosen |= IFF_VNET_HDR
     if tap.multi_queue:
-        chosen |= _MULTI_QUEUE
+        chosen |= IFF_MULTI_QUEUE
     return chosen
 
 
@@ -139,7 +145,7 @@ def _open(tap: Tap, index: int) -> int:
     fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, _TUNSETIFINDEX, struct.pack("=I", index))
-        fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(tap.name.encode(), flags(tap) | _EXCLUSIVE))
+        fcntl.ioctl(fd, TUNSETIFF, IFREQ.pack(tap.name.encode(), flags(tap) | _EXCLUSIVE))
         fcntl.ioctl(fd, _TUNSETOWNER, tap.owner)
     except BaseException:
         os.close(fd)
