@@ -13,38 +13,27 @@ its disk caches and quit, as its `quit` does, and needs no socket.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
-import socket
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from netorch.disk_devices import Disk
 from netorch.errors import ImageError, KernelError, MissingError, NetorchError
-from netorch.guests import Descriptors, Disk, Kernel, argv
+from netorch.guests import Descriptors, Kernel, argv
 from netorch.planner import Update
-from netorch.resources import Guest, GuestNic, Resource
+from netorch.resources import Guest, Resource
 from netorch.system import disks
 from netorch.system.accel import accelerator
-from netorch.system.bridge_helper import open_tap
-from netorch.system.processes import Child, Marked, end, leaders, marked, program, start
+from netorch.system.guest_processes import directory_of, run_states, running
+from netorch.system.guest_taps import open_queues
+from netorch.system.processes import Child, end, program, start
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.scope import Scope
 from netorch.system.services import note_start
-from netorch.system.taps import (
-    DEVICE,
-    IFF_MULTI_QUEUE,
-    IFF_NO_PI,
-    IFF_TAP,
-    IFF_VNET_HDR,
-    IFREQ,
-    TUNSETIFF,
-)
 from netorch.system.tiny import tiny_image
 
 QEMU = "qemu-system-x86_64"
@@ -55,11 +44,7 @@ _AT_ONCE = 200
 
 # How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
 _RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
-_UNREACHABLE = "unreachable"
 _SEVERAL = "running more than once"
-
-_RTMGRP_LINK = 1
-_BUSY_SECONDS = 3.0  # the kernel tells of a lost carrier within one second
 
 
 class _Started(NamedTuple):
@@ -78,9 +63,9 @@ class Guests:
         self._progress = progress
 
     def observe(self) -> Iterable[Guest]:
-        found = _running(self._scope)
+        found = running(self._scope)
         guests = {key: processes[0].resource for key, processes in found.items()}
-        states = _states(self._scope, [g.name for g in guests.values() if isinstance(g, Guest)])
+        states = run_states(self._scope, [g.name for g in guests.values() if isinstance(g, Guest)])
         for key, guest in guests.items():
             assert isinstance(guest, Guest)
             state = states[guest.name] if len(found[key]) == 1 else _SEVERAL
@@ -114,22 +99,22 @@ class Guests:
         for change in wanted:
             if change not in again and isinstance(change.new, Guest):
                 with Qmp(
-                    _directory(self._scope, change.new.name) / "qmp.sock", change.new.name
+                    directory_of(self._scope, change.new.name) / "qmp.sock", change.new.name
                 ) as qmp:
                     qmp.ready()
                     qmp.ask(_RESUME[_state(change.old)])
                 done(change.new)
         if again:
-            found = _running(self._scope)
+            found = running(self._scope)
             end(self._scope, [p for change in again for p in found.get(change.new.key, ())])
             self.create([change.new for change in again], done)
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        found = _running(self._scope)
+        found = running(self._scope)
         end(self._scope, [p for guest in unwanted for p in found.get(guest.key, ())])
         for guest in unwanted:
             assert isinstance(guest, Guest)
-            directory = _directory(self._scope, guest.name)
+            directory = directory_of(self._scope, guest.name)
             if directory.exists():
                 shutil.rmtree(directory)
             done(guest)
@@ -174,7 +159,7 @@ class Guests:
                 done(process.guest)
 
     def _start(self, qemu: str, guest: Guest) -> _Started:
-        directory = _directory(self._scope, guest.name)
+        directory = directory_of(self._scope, guest.name)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         relative = directory.relative_to(self._scope.run)
         with contextlib.ExitStack() as opened:
@@ -183,7 +168,7 @@ class Guests:
                 for name in ("qmp", "serial", "agent")
             )
             taps = tuple(
-                tuple(_open_tap(self._scope, nic, guest.name, opened)) for nic in guest.nics
+                tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics
             )
             boot = self._boot(guest, opened)
             qmp = Qmp(directory / "qmp.sock", guest.name)
@@ -216,35 +201,8 @@ class Guests:
         return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
 
 
-def _directory(scope: Scope, guest: str) -> Path:
-    return scope.run / "guests" / guest
-
-
-def _running(scope: Scope) -> dict[str, list[Marked]]:
-    """The lab's QEMU processes by key."""
-    found = leaders(marked(scope))
-    return {key: processes for key, processes in found.items() if key.startswith("guest:")}
-
-
 def _state(resource: Resource) -> str:
     return resource.state if isinstance(resource, Guest) else ""
-
-
-def _states(scope: Scope, names: Sequence[str]) -> Mapping[str, str]:
-    """The run state of each guest. All are asked before the first answer is awaited."""
-    states = {}
-    with contextlib.ExitStack() as opened:
-        asked = {}
-        for name in names:
-            states[name] = _UNREACHABLE
-            with contextlib.suppress(QmpError, FileNotFoundError):
-                asked[name] = opened.enter_context(Qmp(_directory(scope, name) / "qmp.sock", name))
-                asked[name].send("query-status")
-        for name, qmp in asked.items():
-            with contextlib.suppress(QmpError):
-                qmp.ready()
-                states[name] = qmp.answer("query-status")["status"]
-    return states
 
 
 def _await_greeting(started: _Started) -> None:
@@ -259,55 +217,6 @@ def _await_greeting(started: _Started) -> None:
             raise
         cause = output or "QEMU ended and said nothing"
         raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
-
-
-def _open_tap(
-    scope: Scope, nic: GuestNic, guest: str, opened: contextlib.ExitStack
-) -> Iterator[int]:
-    """A descriptor for each queue of the tap. Raises KernelError."""
-    if nic.bridge:
-        fd = open_tap(scope, nic.bridge, scope.run / "bridge-helper.log")
-        opened.callback(os.close, fd)
-        yield fd
-        return
-    # All flags but IFF_MULTI_QUEUE are taken over from who opens the tap (drivers/net/tun.c,
-    # tun_set_iff).
-    flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if nic.queues > 1 else 0)
-    if nic.tap not in (name for _index, name in socket.if_nameindex()):  # TUNSETIFF would make one
-        reason = os.strerror(errno.ENODEV)
-        raise KernelError(f"failed to open tap {nic.tap} for guest {guest}: {reason}", errno.ENODEV)
-    try:
-        for _queue in range(nic.queues):
-            fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-            opened.callback(os.close, fd)
-            _attach(fd, IFREQ.pack(nic.tap.encode(), flags))
-            yield fd
-    except OSError as error:
-        raise KernelError(
-            f"failed to open tap {nic.tap} for guest {guest}: {error.strerror}", error.errno or 0
-        ) from error
-
-
-def _attach(fd: int, request: bytes) -> None:
-    """TUNSETIFF; while the tap is busy, wait for news of links and try again.
-
-    A QEMU that was killed lets go of its taps only after it has ceased to be seen (kernel/exit.c,
-    do_exit: exit_mm comes before exit_files).
-    """
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
-        events.bind((0, _RTMGRP_LINK))
-        deadline = time.monotonic() + _BUSY_SECONDS
-        while True:
-            try:
-                fcntl.ioctl(fd, TUNSETIFF, request)
-                return
-            except OSError as error:
-                left = deadline - time.monotonic()
-                if error.errno != errno.EBUSY or left <= 0:
-                    raise
-            events.settimeout(left)
-            with contextlib.suppress(TimeoutError):
-                events.recv(65536)
 
 
 def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:
