@@ -95,18 +95,21 @@ def apply(
     progress: Progress,
     ready: Callable[[Plan], object] = lambda plan: None,
     observed: State | None = None,
+    restart: bool = True,
 ) -> Plan:
     """Bring the machine to `desired`; return the plan that did it, empty if nothing had to be done.
 
     `ready` waits for what has to come to life by itself; what it raises leaves the machine as it is
     then, except that an interruption takes back what was done. `observed` is what is known to be
-    there, if it is known. Raises ConflictError before the first change, ApplyError after the
-    rollback.
+    there, if it is known. Without `restart`, a plan that restarts a guest is refused. Raises
+    ConflictError before the first change, ApplyError after the rollback.
     """
     observed = machine.observe() if observed is None else observed
     plan = diff(desired, observed)
     progress.planned(plan)
     if plan:
+        if not restart:
+            refuse_restarts(plan)
         check(machine, plan)
         with Undo(machine, observed, progress):
             for step in plan.steps:
@@ -124,6 +127,13 @@ def apply(
         with Undo(machine, observed, progress):
             raise
     return plan
+
+
+def refuse_restarts(plan: Plan) -> None:
+    """Raise ConflictError if the plan restarts guests; it names each, and why."""
+    if restarts := plan.restarts:
+        lines = [f"{key.replace(':', ' ')} has to restart: {why}" for key, why in restarts.items()]
+        raise ConflictError("\n".join(lines), "to let that happen: netorch apply --restart FILE")
 
 
 def check(machine: Machine, plan: Plan) -> None:

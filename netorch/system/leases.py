@@ -1,8 +1,9 @@
 """Leases, and waiting until every guest and host has its own.
 
-A node is ready when dnsmasq has written its lease; for one that this apply started, the lease has
-to be newer than the start. That is read from dnsmasq's log, where `services.note_start` leaves a
-line when a node starts: what the log says of the node's MAC after that line is how far it has come
+A node is ready when dnsmasq has written its lease; for one that this apply started, or a NIC that
+it plugged or gave its link back, the lease has to be newer than that. That is read from dnsmasq's
+log, where `services.note_start` leaves a line when a node or NIC starts: what the log says of the
+MAC after that line is how far it has come
 
     nothing -> DHCPDISCOVER -> DHCPOFFER -> DHCPREQUEST -> DHCPACK (and the lease)
 
@@ -20,12 +21,13 @@ from typing import NamedTuple
 import msgspec
 
 from netorch.errors import ReadyError
-from netorch.planner import Create, Plan
+from netorch.planner import Create, Plan, Update
 from netorch.resources import DhcpClient, Guest, Tap, Veth
 from netorch.state import State
 from netorch.system.late import guest_reason, host_reason, last_lines
 from netorch.system.processes import leaders, marked
 from netorch.system.scope import Scope
+from netorch.system.services import nic_key
 from netorch.system.watch import Watch
 
 # dnsmasq 2.90, src/rfc2131.c, log_packet(): TYPE(interface) [address] mac ...
@@ -102,14 +104,17 @@ def wait_ready(
     if not wanted:
         return []
     started = {action.key for action in plan if isinstance(action, Create)}
+    started |= {nic_key(mac) for mac in _asking_anew(plan)}
     with Watch() as watch:
         return _Wait(scope, wanted, started, progress).until(time.monotonic() + seconds, watch)
 
 
 def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
     for guest in desired.of(Guest):
-        for index, nic in enumerate(guest.nics):
-            tap = desired.get(f"tap:{guest.name}:{index}")
+        for nic in guest.nics:
+            if nic.link == "down":
+                continue
+            tap = desired.get(guest.tap_key(nic))
             if isinstance(tap, Tap) and tap.network in guest.networks:
                 yield _Wanted(guest.name, guest.key, tap.network, nic.mac, (tap.name, tap.bridge))
     for client in desired.of(DhcpClient):
@@ -118,6 +123,21 @@ def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
             links = (veth.name, veth.bridge)
             settled = scope.run / "hosts" / client.host / f"resolv.{client.device}"
             yield _Wanted(client.host, client.key, veth.network, veth.mac, links, settled)
+
+
+def _asking_anew(plan: Plan) -> Iterator[str]:
+    """The MACs of NICs that running guests were given, or that changed their network or link."""
+    for action in plan:
+        if isinstance(action, Update) and isinstance(action.old, Guest):
+            assert isinstance(action.new, Guest)
+            before = {nic.mac: nic for nic in action.old.nics}
+            for nic in action.new.nics:
+                old = before.get(nic.mac)
+                if old is None or any(
+                    getattr(nic, field) != getattr(old, field)
+                    for field in ("hardware", "network", "link")
+                ):
+                    yield nic.mac
 
 
 class _Log:
@@ -160,6 +180,7 @@ class _Wait:
         macs: dict[str, list[str]] = {}
         for one in wanted:
             macs.setdefault(one.key, []).append(one.mac)
+            macs[nic_key(one.mac)] = [one.mac]
         networks = dict.fromkeys(one.network for one in wanted)
         self._logs = {n: _Log(scope.run / f"dnsmasq-{n}.log", macs) for n in networks}
         self._asking: set[_Wanted] = set()
@@ -216,7 +237,7 @@ class _Wait:
         for one in list(self._late):
             step = self._logs[one.network].steps.get(one.mac, "")
             lease = leases.get((one.network, one.mac))
-            started = one.key in self._started
+            started = not self._started.isdisjoint((one.key, nic_key(one.mac)))
             if step and started and one not in self._asking:
                 self._asking.add(one)
                 self._progress(f"{one.node} asks for an address on {one.network}")

@@ -13,7 +13,9 @@
 #
 # Order is speed: under TCG every process that is started delays the lease (one `mount` or `ip`: 4
 # to 18 ms in a traced boot), so what the first DHCPDISCOVER does not need comes after it, and tests are the shell's own where it has one. Nothing here waits
-# by sleeping: devices that come later arrive as uevents. Every step may run twice.
+# by sleeping: devices that come and go later do so as uevents. Only of a link that comes back no
+# event tells a shell, so the kernel's count of that is read each second, which starts no process.
+# Every step may run twice.
 
 export PATH=/sbin:/bin HOME=/root TERM=${TERM:-linux}
 
@@ -41,6 +43,29 @@ start_dhcp() {
         ip link set "$nic" up
         udhcpc -f -i "$nic" -s /lib/netorch/dhcp -p "/run/udhcpc.$nic.pid" -t 20 -T 1 -A 1 \
             -O mtu ${HOST_NAME:+-x "hostname:$HOST_NAME"} > /dev/null 2>&1 &
+    done
+}
+
+# ended NIC: it is gone, and so is what its DHCP client had.
+ended() {
+    read -r pid 2> /dev/null < "/run/udhcpc.$1.pid" && kill "$pid" 2> /dev/null
+    rm -f "/run/dhcp.$1" "/run/udhcpc.$1.pid" "/run/lease.$1" "/run/resolv.$1"
+    write_resolv
+}
+
+# Where a link comes back, the network may be another one: give the address back, ask for a new one.
+watch_links() {
+    mkfifo /run/never
+    exec 3<> /run/never
+    while :; do
+        for nic in /sys/class/net/eth*; do
+            nic=${nic##*/}
+            read -r ups 2> /dev/null < "/sys/class/net/$nic/carrier_up_count" || continue
+            eval "seen=\$ups_$nic; ups_$nic=$ups"
+            [ "${seen:-$ups}" != "$ups" ] || continue
+            read -r pid 2> /dev/null < "/run/udhcpc.$nic.pid" && kill -USR2 "$pid" && kill -USR1 "$pid"
+        done 2> /dev/null
+        read -r -t 1 none <&3
     done
 }
 
@@ -84,6 +109,7 @@ as_late() {
     mount -t devpts devpts /dev/pts
     mount -t tmpfs shm /dev/shm
     uevent /lib/netorch/hotplug > /dev/null 2>&1 &
+    watch_links &
     load_all
     # A second look, for what came after the first one and before the listener was there.
     start_dhcp
@@ -113,6 +139,7 @@ load_orphans() {
 }
 
 as_hotplug() {
+    [ "$ACTION $SUBSYSTEM" != "remove net" ] || ended "$INTERFACE"
     [ "$ACTION" = add ] || exit 0
     [ -z "$MODALIAS" ] || modprobe -q -b "$MODALIAS" 2> /dev/null
     case $SUBSYSTEM in
