@@ -1,4 +1,4 @@
-"""Processes: the one function that starts them, and the two that find and end them by their marks.
+"""Processes: the one function that starts them, and those that find and end them by their marks.
 
 Theory of operation
 -------------------
@@ -31,7 +31,7 @@ import os
 import select
 import signal
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,6 +222,16 @@ def end(scope: Scope, processes: Sequence[Marked], grace: float = 5.0) -> None:
         finally:
             for fd in pidfds:
                 os.close(fd)
+
+
+def end_all(
+    scope: Scope, belongs: Callable[[Marked], bool] = lambda _: True, grace: float = 5.0
+) -> None:
+    """End all processes of the lab that belong, and those that they start meanwhile: a child that
+    is forked after the look at /proc has nobody else who ends it.
+    """
+    while found := [process for process in marked(scope) if belongs(process)]:
+        end(scope, found, grace)
 
 
 def _open(opened: list[int], path: Path, flags: int) -> int:
