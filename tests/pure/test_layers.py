@@ -28,11 +28,11 @@ LAYERS = (
     {"planner"},
     {"compiler", "junit"},
     {"expectations"},
-    {"addresses", "networks", "guests", "topology", "schema"},
+    {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"},
     {"topology_checks", "topology_clashes", "topology_expect", "topology_shape"}
     | {"topology_values", "toml_lines"},
     {"state"},
-    {"resources", "resource", "facts", "names"},
+    {"resources", "guest_resources", "resource", "facts", "names"},
     {"model"},
     {"errors", "__init__"},
 )
