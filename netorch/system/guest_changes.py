@@ -5,7 +5,7 @@ doing it twice is silent and what a killed run left half made is cleared first. 
 - plugging: the spec, the tap's queues (their descriptors by getfd), netdev_add, device_add
 - unplugging: device_del, then DEVICE_DELETED, which comes when the guest's system has let go of the
   device; then netdev_del and the spec.
-So a spec without its device is what is left of either (netorch.system.guest_processes). A killed
+So a spec without its device is what is left of either (netorch.system.guest_devices). A killed
 run may also have left a queue open in QEMU, as a descriptor that nothing uses: closefd by the name
 that it was given.
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from netorch.errors import NetorchError
 from netorch.nic_devices import SPEC, Plugged, device, device_id, netdev, netdev_id, spec
 from netorch.resources import Guest, GuestNic, Resource
-from netorch.system.guest_processes import Look, Seen, reach
+from netorch.system.guest_devices import Look, Seen, reach
 from netorch.system.guest_taps import open_queues
 from netorch.system.namespaces import wait_exit
 from netorch.system.processes import Marked
