@@ -1,11 +1,16 @@
 """What of a guest changes while it runs, and what is a restart."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
-from netorch import engine
+from netorch import engine, model
+from netorch.compiler import compile
 from netorch.engine import Progress
 from netorch.errors import ConflictError
+from netorch.facts import Facts
+from netorch.model import Lab, Network, Nic, Topology
 from netorch.planner import Delete, Plan, Update, diff
 from netorch.resources import Guest, GuestNic, Record, Resource, Tap
 from netorch.state import State
@@ -111,3 +116,30 @@ def test_a_machine_without_hot_plug_restarts_for_its_tap() -> None:
     assert isinstance(tap, Tap)
     seen = State([*old, msgspec.structs.replace(tap, multi_queue=True)])
     assert diff(old, seen).restarts == {"guest:vm1": "tap:vm1:1 is made again"}
+
+
+def test_a_nic_with_a_mac_and_a_tap_of_its_own_keeps_them_wherever_it_stands() -> None:
+    both = (
+        Nic(network="lan", mac="52:54:00:00:01:01", tap="vm1-lan"),
+        Nic(network="wan", mac="52:54:00:00:01:02", tap="vm1-wan"),
+    )
+    plan = diff(compiled(both[1:]), compiled(both))
+    touched = {action.key for action in plan if action.key.startswith(("tap:", "guest:"))}
+    assert touched == {"tap:vm1:vm1-lan", "guest:vm1"}
+    (line,) = [line for line in plan.describe() if line.startswith("update guest")]
+    assert line.endswith(": remove NIC vm1-lan on lan")
+
+
+def test_a_nic_without_takes_the_place_of_the_one_before_it() -> None:
+    both = (Nic(network="lan"), Nic(network="wan"))
+    plan = diff(compiled(both[1:]), compiled(both))
+    (line,) = [line for line in plan.describe() if line.startswith("update guest")]
+    assert line.endswith(": remove NIC vm1-1 on wan, NIC vm1-0 network lan -> wan")
+
+
+def compiled(nics: tuple[Nic, ...]) -> State:
+    networks = {"lan": Network(address="10.0.0.1/24"), "wan": Network(address="10.1.0.1/24")}
+    topology = Topology(
+        lab=Lab(name="x"), networks=networks, guests={"vm1": model.Guest(nics=nics)}
+    )
+    return compile(topology, Facts(), Path("/run/netorch/x"), "netorch_x", "/x.toml")
