@@ -38,22 +38,28 @@ orphans() {
 start_dhcp() {
     for nic in /sys/class/net/*; do
         nic=${nic##*/}
-        # Type 1 is Ethernet. udhcpc retries each second for ever, and stays to renew.
+        # Type 1 is Ethernet.
         [ -e "/sys/class/net/$nic/device" ] && once "dhcp.$nic" || continue
         ip link set "$nic" up
-        udhcpc -f -i "$nic" -s /lib/netorch/dhcp -p "/run/udhcpc.$nic.pid" -t 20 -T 1 -A 1 \
-            -O mtu ${HOST_NAME:+-x "hostname:$HOST_NAME"} > /dev/null 2>&1 &
+        ask "$nic"
     done
+}
+
+# ask NIC: udhcpc retries each second for ever, and stays to renew.
+ask() {
+    udhcpc -f -i "$1" -s /lib/netorch/dhcp -p "/run/udhcpc.$1.pid" -t 20 -T 1 -A 1 \
+        -O mtu ${HOST_NAME:+-x "hostname:$HOST_NAME"} > /dev/null 2>&1 &
 }
 
 # ended NIC: it is gone, and so is what its DHCP client had.
 ended() {
     read -r pid 2> /dev/null < "/run/udhcpc.$1.pid" && kill "$pid" 2> /dev/null
-    rm -f "/run/dhcp.$1" "/run/udhcpc.$1.pid" "/run/lease.$1" "/run/resolv.$1"
+    rm -f "/run/dhcp.$1" "/run/keep.$1" "/run/udhcpc.$1.pid" "/run/lease.$1" "/run/resolv.$1"
     write_resolv
 }
 
-# Where a link comes back, the network may be another one: give the address back, ask for a new one.
+# Where a link comes back, the network may be another one: ask as if new, and keep the address until
+# there is an answer, or none for 20 s. By SIGKILL: the old udhcpc must not remove the new one's file.
 watch_links() {
     mkfifo /run/never
     exec 3<> /run/never
@@ -63,7 +69,9 @@ watch_links() {
             read -r ups 2> /dev/null < "/sys/class/net/$nic/carrier_up_count" || continue
             eval "seen=\$ups_$nic; ups_$nic=$ups"
             [ "${seen:-$ups}" != "$ups" ] || continue
-            read -r pid 2> /dev/null < "/run/udhcpc.$nic.pid" && kill -USR2 "$pid" && kill -USR1 "$pid"
+            read -r pid < "/run/udhcpc.$nic.pid" && kill -KILL "$pid" || continue
+            : > "/run/keep.$nic"
+            ask "$nic"
         done 2> /dev/null
         read -r -t 1 none <&3
     done
@@ -154,8 +162,9 @@ write_resolv() {
 
 as_dhcp() {
     case $1 in
-        deconfig)
-            # At the start of udhcpc there is nothing to take away.
+        deconfig | leasefail)
+            # At the start of udhcpc there is nothing to take away, or it is to stay for a while.
+            [ ! -e "/run/keep.$interface" ] || exec rm "/run/keep.$interface"
             [ -e "/run/lease.$interface" ] || exit 0
             rm -f "/run/lease.$interface" "/run/resolv.$interface"
             ip addr flush dev "$interface"
