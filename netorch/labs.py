@@ -269,17 +269,22 @@ def _apply_here(
         if watchdog is not None:
             (watchdog.applied if plan else watchdog.cancel)()
         from netorch.system.firewall import foreign_drops
-        from netorch.system.leases import wait_ready
 
         if plan and desired.of(Ruleset):
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
-        wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
+        readiness.all(plan)
+
+    from netorch.system.readiness import Readiness
 
     only = {type(resource) for resource in desired} if fresh else None
     adapters = machine(lab.scope, progress.waiting, progress.warn, only)
-    return engine.apply(adapters, desired, progress, ready, EMPTY if fresh else None)
+    readiness = Readiness(
+        lab.scope, topology.guests, desired, topology.lab.timeout, progress.waiting
+    )
+    known = EMPTY if fresh else None
+    return engine.apply(adapters, desired, progress, ready, readiness.before, observed=known)
 
 
 def _outside(name: str, run: Path) -> Scope:

@@ -29,7 +29,7 @@ LAYERS = (
     {"compiler", "junit"},
     {"expectations"},
     {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"},
-    {"topology_checks", "topology_clashes", "topology_expect", "topology_shape"}
+    {"topology_checks", "topology_clashes", "topology_expect", "topology_shape", "topology_order"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "resource", "facts", "names"},
