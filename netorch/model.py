@@ -72,9 +72,8 @@ class Lab(_Table, frozen=True):
     name: Name | None = None  # the file's name without .toml
     place: Literal["auto", "current", "private"] = "auto"
     uplink: Literal["auto", "pasta", "slirp4netns", "none"] = "auto"  # of a private place
-    timeout: Annotated[int, Meta(ge=1, le=3600)] = (
-        120  # seconds until every guest must have its lease
-    )
+    timeout: Annotated[int, Meta(ge=1, le=3600)] = 120  # seconds until every guest must be ready
+    overcommit: bool = False  # guests may have more memory than the machine
 
 
 class Dhcp(_Table, frozen=True):
