@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from netorch.resources import encode
-from netorch.system import namespaces
+from netorch.system import namespaces, places
 from netorch.system.processes import program
 from netorch.system.scope import current_place
 from netorch.system.taps import (
@@ -31,6 +31,7 @@ from netorch.tap_queues import find
 from netorch.tap_report import chosen
 from tests.guest_shapes import guest, nic
 from tests.isolation import ip, require_tun
+from tests.whole_labs import LabMachine
 
 ROOT = Path(__file__).parents[2]
 TUNSETPERSIST = 0x400454CB
@@ -38,6 +39,15 @@ IFF_TUN = 0x0001
 PR_SET_DUMPABLE = 4
 MAC, OTHER = "52:54:00:4e:aa:fc", "52:54:00:4e:aa:fd"
 QEMU = "qemu-system-x86_64"
+
+PRIVATE = """
+[networks.lan]
+mode = "bridge"
+
+[taps.lab]
+network = "lan"
+count = 2
+"""
 
 # Whoever has no capability may not ask the kernel where a tap is, nor look into what protects
 # itself: what an ordinary user is to other people's processes.
@@ -274,6 +284,21 @@ def test_the_nic_of_a_stranger_and_what_is_too_old_to_be_true() -> None:
         learned = ["bridge", "fdb", "add", MAC, "dev", "vnet2", "master", "dynamic"]
         subprocess.run(learned, check=True)
         assert row() == ["old", None, MAC, "192.168.122.78"]
+
+
+@pytest.mark.parametrize("before", [(), NOBODY], ids=["root", "user"])
+def test_free_taps_of_a_private_lab(
+    before: tuple[str, ...], lab_machine: Callable[..., LabMachine]
+) -> None:
+    """Also for who may only get there by way of the user namespace that the lab is in."""
+    machine = lab_machine("private")
+    machine.write(PRIVATE, 'uplink = "none"')
+    machine.up()
+    (place,) = {p.inode for p in places.private_places().values() if p.lab == machine.name}
+    found = [row for row in taps("lab1", before) if row["lab"] == machine.name]
+    assert [(r["state"], r["bridge"], r["place"]) for r in found] == [("free", "br-lan", "private")]
+    assert found[0]["namespace"] == place
+    machine.down()
 
 
 @pytest.mark.skipif(program(QEMU) is None, reason=f"{QEMU} is not installed")
