@@ -8,9 +8,9 @@ A field that nothing observable tells is None. Where each comes from, the surest
     queues     the kernel's count, so also of processes that can't be seen
     guest      netorch's mark; QEMU's command line
     NIC, MAC   the same, by the tap's name or its descriptors. Both may be older than the NIC, and a
-               descriptor's number be that of another NIC before: so for the taps of netorch and
-               libvirt, whose MAC is the NIC's with fe as its first byte, it has to be that. With
-               neither, a MAC that the bridge has learned from this port, if it is such a one
+               descriptor's number be that of another NIC before. So where the tap's MAC is the
+               NIC's with fe as its first byte, the two have to agree; and with neither, it is the
+               MAC that the bridge has learned from this port, if that agrees
     address    netorch's leases by MAC; the ARP table, on the tap's bridge
 """
 
@@ -183,12 +183,14 @@ def _pair(taps: str, nics: str) -> bool:
 
 
 def _has_the_nics(link: Link) -> bool:
-    """Whether the tap's MAC is made of its NIC's: netorch's and libvirt's (virnetdevtap.c). One of
-    qemu-bridge-helper begins with fe as well, and says nothing.
+    """Whether the tap's MAC is made of its NIC's: those of netorch's guests, and of libvirt's
+    (virnetdevtap.c). One of qemu-bridge-helper, or of [taps], begins with fe as well, and says
+    nothing.
     """
-    return link.alias.startswith("netorch:") or (
-        link.name.startswith("vnet") and link.mac.startswith("fe:")
-    )
+    mark, *key = link.alias.split(":")
+    if mark == "netorch":
+        return len(key) == 4  # lab, tap, guest, index
+    return link.name.startswith("vnet") and link.mac.startswith("fe:")
 
 
 class _Places:

@@ -330,8 +330,12 @@ def test_a_real_qemu_as_libvirt_starts_it() -> None:
         os.close(fd)
     with child:
         try:
+            assert child.stdin is not None
             assert child.stdout is not None
-            assert b"QMP" in child.stdout.readline(), "its devices are there"
+            child.stdin.write(b'{"execute": "qmp_capabilities"}')
+            child.stdin.flush()
+            child.stdout.readline()
+            assert b"return" in child.stdout.readline(), "its devices are there"
             first, second = taps(str(child.pid))
         finally:
             child.kill()
