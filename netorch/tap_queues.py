@@ -167,7 +167,7 @@ def _nic(
         if nic.ifname == tap or not set(nic.fds).isdisjoint(fds)
     ]
     for model, mac in claims:
-        if link is None or mac is None or not _has_the_nics(link) or _pair(link.mac, mac):
+        if link is None or mac is None or not _has_the_nics(link, guest) or _pair(link.mac, mac):
             return model, mac
     return None, _learned(link, view) if link and view else None
 
@@ -182,14 +182,14 @@ def _pair(taps: str, nics: str) -> bool:
     return taps != nics and taps == "fe" + nics[2:]
 
 
-def _has_the_nics(link: Link) -> bool:
+def _has_the_nics(link: Link, guest: Guest | None) -> bool:
     """Whether the tap's MAC is made of its NIC's: those of netorch's guests, and of libvirt's
     (virnetdevtap.c). One of qemu-bridge-helper, or of [taps], begins with fe as well, and says
     nothing.
     """
     mark, *key = link.alias.split(":")
     if mark == "netorch":
-        return len(key) == 4  # lab, tap, guest, index
+        return guest is not None and key[1:3] == ["tap", guest.name]
     return link.name.startswith("vnet") and link.mac.startswith("fe:")
 
 

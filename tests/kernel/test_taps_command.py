@@ -16,8 +16,8 @@ import pytest
 
 from netorch.resources import encode
 from netorch.system import namespaces, places
-from netorch.system.processes import program
 from netorch.system.scope import current_place
+from netorch.system.starting import program
 from netorch.system.taps import (
     DEVICE,
     IFF_MULTI_QUEUE,
