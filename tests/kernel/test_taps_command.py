@@ -54,6 +54,11 @@ count = 2
 NOBODY = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
 
 
+def own(name: str) -> str:
+    """A name that no test beside this one has: its taps are seen as well."""
+    return f"{name}-{os.getpid()}"
+
+
 def open_tap(name: str, flags: int = 0, *, persist: bool = False) -> int:
     fd = os.open(DEVICE, os.O_RDWR)
     kind = flags if flags & IFF_TUN else flags | IFF_TAP
@@ -130,12 +135,12 @@ def inode(pid: int) -> int:
 def test_a_queue_for_each_descriptor_both_ways() -> None:
     require_tun()
     ip("link", "add", "br0", "type", "bridge")
-    fds = [open_tap("many0", IFF_MULTI_QUEUE) for _ in range(8)]
-    ip("link", "set", "many0", "master", "br0")
+    fds = [open_tap(own("many0"), IFF_MULTI_QUEUE) for _ in range(8)]
+    ip("link", "set", own("many0"), "master", "br0")
     with holding(*fds) as pid:
         (row,) = taps()
         assert row == {
-            "tap": "many0",
+            "tap": own("many0"),
             "state": "open",
             "namespace": current_place(),
             "namespace_from": "kernel",
@@ -152,11 +157,11 @@ def test_a_queue_for_each_descriptor_both_ways() -> None:
             "mac": None,
             "address": None,
         }
-        assert taps("many0") == taps(str(pid)) == [row]
-        assert json.loads(netorch("taps", "--json", "many0").stdout) == [row]
-        refused = netorch("taps", "many1", status=2)
-        assert "no tap 'many1' can be seen" in refused.stderr
-        assert "near: many0" in refused.stderr
+        assert taps(own("many0")) == taps(str(pid)) == [row]
+        assert json.loads(netorch("taps", "--json", own("many0")).stdout) == [row]
+        refused = netorch("taps", own("meny0"), status=2)
+        assert f"no tap {own('meny0')!r} can be seen" in refused.stderr
+        assert own("many0") in refused.stderr
         refused = netorch("taps", str(os.getpid()), status=2)
         assert f"process {os.getpid()} has no tap open" in refused.stderr
     assert taps() == []
@@ -165,24 +170,24 @@ def test_a_queue_for_each_descriptor_both_ways() -> None:
 def test_taps_that_nobody_has_open() -> None:
     require_tun()
     ip("link", "add", "br0", "type", "bridge")
-    for name, flags in (("lone", 0), ("lone-mq", IFF_MULTI_QUEUE), ("vpn", IFF_TUN)):
-        os.close(open_tap(name, flags, persist=True))
-    ip("link", "set", "lone", "master", "br0")
+    for name, flags in (("lone", 0), ("mq", IFF_MULTI_QUEUE), ("vpn", IFF_TUN)):
+        os.close(open_tap(own(name), flags, persist=True))
+    ip("link", "set", own("lone"), "master", "br0")
     found = {row["tap"]: (row["state"], row["bridge"], row["queues"]) for row in taps()}
-    assert found == {"lone": ("free", "br0", 0), "lone-mq": ("free", None, 0)}, "vpn is no tap"
-    with holding(open_tap("lone"), open_tap("vpn", IFF_TUN)) as pid:
-        (row,) = taps("lone")
+    assert found == {own("lone"): ("free", "br0", 0), own("mq"): ("free", None, 0)}, "vpn is no tap"
+    with holding(open_tap(own("lone")), open_tap(own("vpn"), IFF_TUN)) as pid:
+        (row,) = taps(own("lone"))
         assert (row["state"], row["queues"], row["pid"]) == ("open", 1, pid)
-        assert [row["tap"] for row in taps(str(pid))] == ["lone"]
+        assert [row["tap"] for row in taps(str(pid))] == [own("lone")]
 
 
 def test_two_of_one_name_and_one_that_was_moved() -> None:
     """The namespace is the tap's, not that of the process, nor that where the tap was made."""
     require_tun()
     with elsewhere() as there:
-        moved = open_tap("vnet0")
-        ip("link", "set", "vnet0", "netns", str(there))
-        here = open_tap("vnet0")
+        moved = open_tap(own("vnet0"))
+        ip("link", "set", own("vnet0"), "netns", str(there))
+        here = open_tap(own("vnet0"))
         with holding(moved, here) as pid:
             rows = taps(str(pid))
             assert [(row["namespace"], row["descriptors"]) for row in rows] == [
@@ -196,23 +201,23 @@ def test_two_of_one_name_and_one_that_was_moved() -> None:
 def test_a_namespace_of_ip_netns_is_called_by_its_name() -> None:
     require_tun()
     ip("netns", "add", "blue")
-    os.close(open_tap("moved0", persist=True))
-    ip("link", "set", "moved0", "netns", "blue")
-    assert [(r["place"], r["state"]) for r in taps("moved0")] == [("netns blue", "free")]
+    os.close(open_tap(own("moved0"), persist=True))
+    ip("link", "set", own("moved0"), "netns", "blue")
+    assert [(r["place"], r["state"]) for r in taps(own("moved0"))] == [("netns blue", "free")]
     ip("netns", "delete", "blue")
 
 
 def test_what_may_not_be_looked_into_is_said() -> None:
     require_tun()
-    fds = [open_tap("vnet7"), open_tap("vnet8")]
+    fds = [open_tap(own("vnet7")), open_tap(own("vnet8"))]
     with holding(fds[1], before=NOBODY) as pid:
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)  # this process, which has vnet7
         done = netorch("taps", before=NOBODY)
         rows = {row["tap"]: row for row in taps(before=NOBODY)}
-    hidden, assumed = rows["vnet7"], rows["vnet8"]
+    hidden, assumed = rows[own("vnet7")], rows[own("vnet8")]
     assert (hidden["state"], hidden["pid"], hidden["queues"]) == ("open", None, 1)
     assert (assumed["pid"], assumed["namespace_from"]) == (pid, "process")
-    line = next(line for line in done.stdout.splitlines() if line.startswith("vnet8"))
+    line = next(line for line in done.stdout.splitlines() if line.startswith(own("vnet8")))
     assert line.endswith("here?")
     assert "can't be looked into" in done.stderr
     assert "of these taps held there" in done.stderr
@@ -221,10 +226,10 @@ def test_what_may_not_be_looked_into_is_said() -> None:
 
 
 def test_our_mark_says_where_the_tap_is_if_the_kernel_does_not() -> None:
-    """As netorch's own QEMU will be: in an empty namespace, with descriptors of another's taps."""
+    """As netorch's own QEMU is: in an empty namespace, with descriptors of another's taps."""
     require_tun()
-    fd = open_tap("vm1-1")
-    shape = guest(nics=(nic(1, "e1000"),))
+    fd = open_tap(own("vm1-1"))
+    shape = guest(nics=(msgspec.structs.replace(nic(1, "e1000"), tap=own("vm1-1")),))
     marks = {"NETORCH_PLACE": str(current_place()), "NETORCH_RESOURCE": encode(shape)}
     home = os.open("/proc/self/ns/net", os.O_RDONLY)
     namespaces.unshare(namespaces.NEWNET)
@@ -232,7 +237,7 @@ def test_our_mark_says_where_the_tap_is_if_the_kernel_does_not() -> None:
         with holding(fd, env=marks, before=NOBODY) as pid:
             namespaces.setns(home, namespaces.NEWNET)
             for before, by in (((), "kernel"), (NOBODY, "mark")):
-                (row,) = taps("vm1-1", before=before)
+                (row,) = taps(own("vm1-1"), before=before)
                 assert (row["namespace_from"], row["namespace"]) == (by, current_place())
                 assert (row["pid"], row["guest"], row["model"]) == (pid, "vm1", "e1000")
                 assert (row["mac"], row["place"]) == ("52:54:00:00:00:01", "here")
@@ -243,13 +248,13 @@ def test_our_mark_says_where_the_tap_is_if_the_kernel_does_not() -> None:
 def test_unknown_is_not_guessed() -> None:
     """No mark, no right to ask, and no such tap where the process is."""
     require_tun()
-    fd = open_tap("far0")
+    fd = open_tap(own("far0"))
     home = os.open("/proc/self/ns/net", os.O_RDONLY)
     namespaces.unshare(namespaces.NEWNET)
     with holding(fd, before=NOBODY) as pid:
         namespaces.setns(home, namespaces.NEWNET)
         os.close(home)
-        rows = taps("far0", before=NOBODY)
+        rows = taps(own("far0"), before=NOBODY)
         assert [(r["pid"], r["namespace"], r["place"], r["queues"]) for r in rows] == [
             (None, current_place(), "here", 1),
             (pid, None, None, None),
@@ -260,28 +265,28 @@ def test_the_nic_of_a_stranger_and_what_is_too_old_to_be_true() -> None:
     require_tun()
     ip("link", "add", "br0", "type", "bridge")
     ip("link", "set", "br0", "up")
-    fd = open_tap("vnet2", persist=True)
-    ip("link", "set", "vnet2", "address", f"fe{MAC[2:]}", "master", "br0")
-    ip("link", "set", "vnet2", "up")
+    fd = open_tap(own("vnet2"), persist=True)
+    ip("link", "set", own("vnet2"), "address", f"fe{MAC[2:]}", "master", "br0")
+    ip("link", "set", own("vnet2"), "up")
     ip("neigh", "add", "192.168.122.77", "lladdr", MAC, "dev", "br0", "nud", "stale")
     ip("neigh", "add", "192.168.122.78", "lladdr", MAC, "dev", "br0", "nud", "permanent")
     words = ("-name", "guest=old,debug-threads=on", "-netdev", f"tap,fd={fd},id=h0", "-device")
     device = "virtio-net-pci,netdev=h0,id=net0,mac="
 
     def row() -> list[object]:
-        (found,) = taps("vnet2")
+        (found,) = taps(own("vnet2"))
         return [found[name] for name in ("guest", "model", "mac", "address")]
 
     with holding(os.dup(fd), words=(*words, device + MAC)):
         os.close(fd)
         assert row() == ["old", None, None, None], "its command line is of another descriptor"
-    assert open_tap("vnet2") == fd
+    assert open_tap(own("vnet2")) == fd
     with holding(fd, words=(*words, device + MAC)):
         assert row() == ["old", "virtio-net-pci", MAC, "192.168.122.78"]
-    assert open_tap("vnet2") == fd
+    assert open_tap(own("vnet2")) == fd
     with holding(fd, words=(*words, device + "52:54:00:00:00:01")):
         assert row() == ["old", None, None, None], "that NIC has left"
-        learned = ["bridge", "fdb", "add", MAC, "dev", "vnet2", "master", "dynamic"]
+        learned = ["bridge", "fdb", "add", MAC, "dev", own("vnet2"), "master", "dynamic"]
         subprocess.run(learned, check=True)
         assert row() == ["old", None, MAC, "192.168.122.78"]
 
@@ -306,9 +311,9 @@ def test_a_real_qemu_as_libvirt_starts_it() -> None:
     """Eight queues, of which a guest that has not booted uses one, and a NIC of another model."""
     require_tun()
     ip("link", "add", "virbr9", "type", "bridge")
-    many = [open_tap("vnet2", IFF_MULTI_QUEUE) for _ in range(8)]
-    one = open_tap("vnet3")
-    for name, mac in (("vnet2", MAC), ("vnet3", OTHER)):
+    many = [open_tap(own("vnet2"), IFF_MULTI_QUEUE) for _ in range(8)]
+    one = open_tap(own("vnet3"))
+    for name, mac in ((own("vnet2"), MAC), (own("vnet3"), OTHER)):
         ip("link", "set", name, "address", f"fe{mac[2:]}", "master", "virbr9")
     queues = ":".join(map(str, many))
     device = {"driver": "virtio-net-pci", "mq": True, "vectors": 18, "netdev": "hostnet0"}
@@ -339,7 +344,7 @@ def test_a_real_qemu_as_libvirt_starts_it() -> None:
             first, second = taps(str(child.pid))
         finally:
             child.kill()
-    assert (first["tap"], first["queues"], first["idle"]) == ("vnet2", 8, 7)
+    assert (first["tap"], first["queues"], first["idle"]) == (own("vnet2"), 8, 7)
     assert (first["descriptors"], second["descriptors"]) == (many, [one])
     names = ("guest", "model", "mac", "bridge", "process")
     assert [first[name] for name in names] == ["win11", "virtio-net-pci", MAC, "virbr9", QEMU[:15]]
