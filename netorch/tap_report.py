@@ -32,7 +32,10 @@ def chosen(found: Found, wanted: str | None) -> list[TapRow]:
         message, known = f"process {wanted} has no tap open that can be seen", list(pids)
     else:
         message, known = f"no tap {wanted!r} can be seen", [row.tap for row in found.rows]
-    raise UsageError(message, _hint(wanted, list(dict.fromkeys(known))))
+    hint = _hint(wanted, list(dict.fromkeys(known)))
+    if found.refused:
+        hint += f"; not looked into, for want of rights: {found.refused} processes"
+    raise UsageError(message, hint)
 
 
 def text(rows: Sequence[TapRow]) -> None:

@@ -48,6 +48,12 @@ def test_what_is_not_there(wanted: str, message: str, hint: str) -> None:
     assert (raised.value.message, raised.value.hint) == (message, hint)
 
 
+def test_what_is_not_there_may_be_hidden() -> None:
+    with pytest.raises(UsageError, match="no tap 'a'") as raised:
+        chosen(Found([], 212), "a")
+    assert raised.value.hint == "there is none; not looked into, for want of rights: 212 processes"
+
+
 def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     text(FOUND.rows)
     printed = capsys.readouterr().out.splitlines()
