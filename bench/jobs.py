@@ -137,14 +137,15 @@ def _netorch_guests(tools: Tools, text: str) -> Turn:
     def turn(directory: Path, clock: Clock) -> None:
         file = _file(directory, text)
         clock.run("up", [tools.netorch, "apply", str(file)])
-        clock.note("memory", 0.0, _proportional(str(directory)))
+        clock.note("memory", 0.0, _proportional())
         clock.run("down", [tools.netorch, "teardown"])
 
     return turn
 
 
-def _proportional(mark: str) -> float:
-    """MiB of all processes whose environment names this directory, shared pages in parts."""
+def _proportional() -> float:
+    """MiB of all processes of the lab in this network namespace, shared pages in parts."""
+    mark = f"NETORCH_PLACE={os.stat('/proc/self/ns/net').st_ino}"
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
