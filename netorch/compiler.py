@@ -290,14 +290,9 @@ class _Compiler:
                 yield DhcpClient(host=name, device=f"eth{index}")
 
     def _guest(self, name: str, guest: Guest) -> RunningGuest:
-        return RunningGuest(
-            name=name,
-            image=guest.image,
+        return msgspec.structs.replace(
+            bare_guest(name, guest),
             format=self._format(guest),
-            machine=guest.machine,
-            accel=guest.accel,
-            memory=memory_mib(guest.memory),
-            cpus=guest.cpus,
             nics=tuple(
                 GuestNic(
                     id=tap_id(index, nic),
@@ -312,8 +307,6 @@ class _Compiler:
                 )
                 for index, nic in enumerate(guest.nics)
             ),
-            ports=_ports(guest),
-            vnc=-1 if guest.vnc is None else guest.vnc,
         )
 
     def _format(self, guest: Guest) -> str:
@@ -324,6 +317,21 @@ class _Compiler:
             if guest.format == "auto"
             else guest.format
         )
+
+
+def bare_guest(name: str, guest: Guest) -> RunningGuest:
+    """The guest as far as it depends on itself alone: without its NICs and the image's format."""
+    return RunningGuest(
+        name=name,
+        image=guest.image,
+        format="",
+        machine=guest.machine,
+        accel=guest.accel,
+        memory=memory_mib(guest.memory),
+        cpus=guest.cpus,
+        ports=_ports(guest),
+        vnc=-1 if guest.vnc is None else guest.vnc,
+    )
 
 
 def _ports(guest: Guest) -> int:

@@ -24,13 +24,27 @@ _MACHINES = {"q35": "q35,sata=off,smbus=off,vmport=off", "pc": "pc,vmport=off"}
 # TCG's "max", whose features cost it 0.1 s of its boot.
 _CPUS = {"kvm": "host", "tcg": "max"}
 
+# What QEMU itself calls the memory of both machine types, where nobody names it: a state that was
+# saved names it, too.
+_RAM = "pc.ram"
+
 
 class Kernel(msgspec.Struct, frozen=True):
-    """A guest that boots a kernel directly."""
+    """A guest that boots a kernel directly. `identity` is another one in each QEMU, and no two are
+    of different lengths: a copy of a guest knows by it that it is one (netorch.system.templates).
+    """
 
     kernel: Path
     initrd: Path
     cmdline: str
+    identity: str
+
+
+class Ram(msgspec.Struct, frozen=True):
+    """A file that is the guest's memory, or where it is `private`, what that starts from."""
+
+    file: Path
+    private: bool
 
 
 class Descriptors(msgspec.Struct, frozen=True):
@@ -43,9 +57,19 @@ class Descriptors(msgspec.Struct, frozen=True):
 
 
 def argv(
-    guest: Guest, *, program: str, accel: str, boot: Kernel | Disk, fds: Descriptors, log: str
+    guest: Guest,
+    *,
+    program: str,
+    accel: str,
+    boot: Kernel | Disk,
+    fds: Descriptors,
+    log: str,
+    incoming: bool = False,
+    ram: Ram | None = None,
 ) -> list[str]:
-    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's."""
+    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's.
+    `incoming`: the guest does not boot, its state will come by QMP (migrate-incoming).
+    """
     return [
         *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-S"),
@@ -53,10 +77,11 @@ def argv(
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         ),
-        *("-machine", f"{_MACHINES[guest.machine]},usb=off,dump-guest-core=off"),
+        *("-machine", _machine(guest, ram)),
         *("-accel", accel),
         *(() if guest.image == "tiny" and accel == "tcg" else ("-cpu", _CPUS[accel])),
         *("-smp", f"cpus={guest.cpus}", "-m", f"size={guest.memory}M"),
+        *(_json("-object", _memory(guest, ram)) if ram else ()),
         *_character_devices(fds, log),
         *(word for port in nic_devices.ports(guest.ports) for word in _json("-device", port)),
         *(
@@ -72,13 +97,31 @@ def argv(
             "-device",
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
         ),
+        *_json("-device", {"driver": "vmgenid", "guid": "auto"}),
         *_screen(guest.vnc),
+        *(("-incoming", "defer") if incoming else ()),
     ]
 
 
 def needs_network(guest: Guest) -> bool:
     """Whether QEMU itself opens connections or ports, in the network namespace that it runs in."""
     return guest.vnc >= 0
+
+
+def _machine(guest: Guest, ram: Ram | None) -> str:
+    words = f"{_MACHINES[guest.machine]},usb=off,dump-guest-core=off"
+    return f"{words},memory-backend={_RAM}" if ram else words
+
+
+def _memory(guest: Guest, ram: Ram) -> dict[str, object]:
+    return {
+        "qom-type": "memory-backend-file",
+        "id": _RAM,
+        "mem-path": str(ram.file),
+        "size": guest.memory << 20,
+        "share": not ram.private,
+        "merge": False,
+    }
 
 
 def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
@@ -104,6 +147,7 @@ def _nic(index: int, nic: GuestNic, queues: Sequence[int], port: str) -> Iterato
 def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
     yield from ("-kernel", str(boot.kernel), "-initrd", str(boot.initrd))
     yield from ("-append", f"{boot.cmdline} netorch.hostname={guest.name}")
+    yield from ("-fw_cfg", f"name=opt/netorch/identity,string={boot.identity}")
 
 
 def _disk(boot: Disk) -> Iterator[str]:

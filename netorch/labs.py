@@ -160,9 +160,14 @@ def apply(
 def prepare(topology: Topology, progress: Progress) -> None:
     """What has to be done before moving into a place without a way out, which can't download."""
     if any(guest.image == "tiny" for guest in topology.guests.values()):
+        from netorch.system.guests import QEMU
+        from netorch.system.starting import program
         from netorch.system.tiny import tiny_image
+        from netorch.system.warm_starts import make_templates
 
         tiny_image(progress.waiting)
+        if qemu := program(QEMU):
+            make_templates(qemu, topology.guests, progress.waiting)
 
 
 def apply_inside(

@@ -129,6 +129,7 @@ class Guest(_Table, frozen=True):
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
     machine: Literal["q35", "pc"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
+    start: Literal["warm", "cold"] | None = None  # warm for what can be, else cold
     ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for NICs that come and go: 4 on q35
     vnc: Annotated[int, Meta(ge=0, le=59635)] | None = None
     nics: tuple[Nic, ...] = ()

@@ -48,6 +48,7 @@ DESCRIPTIONS = {
     "Guest.cpus": "Virtual CPUs.",
     "Guest.machine": "QEMU's machine type.",
     "Guest.accel": "QEMU's accelerator; auto takes KVM where it is seen to work.",
+    "Guest.start": "As a copy of a guest that has booted, or by booting; by default warm for tiny.",
     "Guest.ports": "PCIe ports of a q35, for NICs that come and go while it runs; by default 4.",
     "Guest.vnc": "The VNC display, on loopback.",
     "Guest.nics": "The guest's NICs, in its order.",

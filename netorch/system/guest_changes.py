@@ -114,7 +114,7 @@ class Running:
                         "all its ports are taken"
                     )
                 port = free.pop(0)
-            self._plug(Plugged(nic=nic, index=index, port=port))
+            plug(self._scope, self.qmp, self.wanted.name, Plugged(nic=nic, index=index, port=port))
 
     def take_links(self) -> None:
         """Links that are to be down, and those of NICs whose network has changed, for a moment."""
@@ -167,19 +167,6 @@ class Running:
     def _set_link(self, nic: GuestNic, up: bool) -> None:
         self.qmp.ask("set_link", {"name": netdev_id(nic.mac), "up": up})
 
-    def _plug(self, plugged: Plugged) -> None:
-        nic = plugged.nic
-        self.qmp.ask("object-add", spec(plugged))
-        with contextlib.ExitStack() as opened:
-            names: list[str] = []
-            for fd in open_queues(self._scope, nic, self.wanted.name, opened):
-                names.append(_queue_name(nic.mac, len(names)))
-                self.qmp.ask("getfd", {"fdname": names[-1]}, [fd])
-        self.qmp.ask("netdev_add", netdev(nic, names))
-        self.qmp.ask("device_add", device(nic, plugged.port))
-        if nic.link == "down":
-            self._set_link(nic, up=False)
-
     def _clear(self, name: str, plugged: Plugged) -> None:
         """What is left of a NIC without its device: any part of it may be missing."""
         mac = plugged.nic.mac
@@ -189,6 +176,21 @@ class Running:
             with contextlib.suppress(QmpError):
                 self.qmp.ask("closefd", {"fdname": _queue_name(mac, queue)})
         self.qmp.ask("object-del", {"id": name + SPEC})
+
+
+def plug(scope: Scope, qmp: Qmp, guest: str, plugged: Plugged) -> None:
+    """Plug a NIC into a guest, running or not. Raises QmpError, KernelError."""
+    nic = plugged.nic
+    qmp.ask("object-add", spec(plugged))
+    with contextlib.ExitStack() as opened:
+        names: list[str] = []
+        for fd in open_queues(scope, nic, guest, opened):
+            names.append(_queue_name(nic.mac, len(names)))
+            qmp.ask("getfd", {"fdname": names[-1]}, [fd])
+    qmp.ask("netdev_add", netdev(nic, names))
+    qmp.ask("device_add", device(nic, plugged.port))
+    if nic.link == "down":
+        qmp.ask("set_link", {"name": netdev_id(nic.mac), "up": False})
 
 
 def set_links(qmp: Qmp, guest: Guest) -> None:

@@ -4,8 +4,10 @@ Order, and what a crash leaves:
 1. For each guest: listening sockets in run/guests/<name>, its taps' queues, then QEMU with these
    descriptors and without any capability. The QMP connection is made before QEMU runs: the socket
    listens already.
-2. All greetings are awaited, then each guest is let run (`cont`). A QEMU of an apply that was
-   killed before that is observed with the state "prelaunch", and the next apply lets it run.
+2. All greetings are awaited. A guest that starts warm takes its template's state and gets its NICs
+   now (netorch.system.warm_starts); one that can't is started once more, cold.
+3. Each guest is let run (`cont`). A QEMU of an apply that was killed before that is observed with
+   the state "prelaunch" or "paused", and the next apply lets it run.
 
 QEMU's run state is asked by QMP, from all guests at once; one that does not answer has the state
 "unreachable" and is started again when the lab is applied. Ending: SIGTERM makes QEMU write back
@@ -23,11 +25,10 @@ import msgspec
 
 from netorch.disk_devices import Disk
 from netorch.errors import ImageError, MissingError, NetorchError
-from netorch.guests import Descriptors, Kernel, argv, needs_network
+from netorch.guests import Descriptors, Kernel, Ram, argv, needs_network
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import disks
-from netorch.system.accel import accelerator
+from netorch.system import disks, warm_starts
 from netorch.system.guest_changes import change, must_start_again, set_links
 from netorch.system.guest_devices import look_at_all
 from netorch.system.guest_processes import UNREACHABLE, directory_of, end_guests, running
@@ -37,7 +38,8 @@ from netorch.system.readiness import start_line
 from netorch.system.scope import Scope
 from netorch.system.services import note_start
 from netorch.system.starting import Child, Start, program, start_all
-from netorch.system.tiny import tiny_image
+from netorch.system.templates import Template
+from netorch.system.tiny import identity, tiny_image
 
 QEMU = "qemu-system-x86_64"
 _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qemu-system-x86)"
@@ -53,6 +55,7 @@ class _Started(NamedTuple):
     guest: Guest
     child: Child
     qmp: Qmp
+    template: Template | None  # what it goes on from
 
 
 class Guests:
@@ -147,39 +150,73 @@ class Guests:
             yield f"image {image} is being written to by {writer}: shut that down, or use a copy"
 
     def _create(
-        self, guests: list[Guest], done: Callable[[Resource], None], errors: list[NetorchError]
+        self,
+        guests: list[Guest],
+        done: Callable[[Resource], None],
+        errors: list[NetorchError],
+        cold: bool = False,
     ) -> None:
         qemu = program(QEMU)
         if qemu is None:
             raise MissingError(f"{QEMU} is not installed", _INSTALL_QEMU)
+        warm = None if cold else warm_starts.WarmStarts(self._scope, self._progress)
         note_start(self._scope, [guest.key for guest in guests])
         started = []
         with contextlib.ExitStack() as opened:
             prepared = []
             for guest in guests:
                 with _collected(errors):
-                    prepared.append(self._prepare(qemu, guest, opened))
-            children = start_all(self._scope, [start for _guest, _qmp, start in prepared])
-            for (guest, qmp, _start), child in zip(prepared, children, strict=True):
+                    source = warm.template_for(qemu, guest) if warm else None
+                    prepared.append((*self._prepare(qemu, guest, source, opened), source))
+            children = start_all(self._scope, [start for _guest, _qmp, start, _from in prepared])
+            for (guest, qmp, _start, source), child in zip(prepared, children, strict=True):
                 if isinstance(child, Child):
-                    started.append(_Started(guest, child, qmp))
+                    started.append(_Started(guest, child, qmp, source))
                 else:
                     qmp.close()
                     errors.append(child)
-        greeted = []
-        for process in started:
-            with _collected(errors):
-                _await_greeting(process)
-                greeted.append(process)
-        for process in greeted:
+        ready, refused = self._come_up(started, errors)
+        if refused:
+            found = running(self._scope)
+            end_guests(self._scope, [p for guest in refused for p in found.get(guest.key, ())])
+            self._create(refused, done, errors, cold=True)
+        for process in ready:
             with _collected(errors), process.qmp:
-                set_links(process.qmp, process.guest)
+                if process.template is None:
+                    set_links(process.qmp, process.guest)
+                else:
+                    warm_starts.plug_all(self._scope, process.qmp, process.guest)
                 process.qmp.ask("cont")
                 process.child.close()
                 done(process.guest)
 
+    def _come_up(
+        self, started: Sequence[_Started], errors: list[NetorchError]
+    ) -> tuple[list[_Started], list[Guest]]:
+        """Await the greetings, and the states that are read. Returns what is ready to go on, and
+        the guests that can't start warm.
+        """
+        ready, refused = list(started), []
+        for step in (Qmp.ready, warm_starts.begin, warm_starts.finish):
+            for process in list(ready):
+                source = process.template
+                try:
+                    if step is Qmp.ready:
+                        process.qmp.ready()
+                    elif source is not None:
+                        step(process.qmp, source)
+                except (QmpError, OSError) as error:
+                    ready.remove(process)
+                    with _collected(errors):
+                        failure = _failure(process, error)
+                        if source is None:
+                            raise failure from error
+                        warm_starts.refuse(process.guest, source, failure, self._progress)
+                        refused.append(process.guest)
+        return ready, refused
+
     def _prepare(
-        self, qemu: str, guest: Guest, opened: contextlib.ExitStack
+        self, qemu: str, guest: Guest, source: Template | None, opened: contextlib.ExitStack
     ) -> tuple[Guest, Qmp, Start]:
         """Open what QEMU is to inherit, and connect to the socket that it will answer at."""
         directory = directory_of(self._scope, guest.name)
@@ -191,12 +228,19 @@ class Guests:
             opened.enter_context(listen(directory / f"{name}.sock")).fileno()
             for name in ("qmp", "serial", "agent")
         )
-        taps = tuple(tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics)
+        nics = guest.nics if source is None else ()  # a copy gets them later
+        taps = tuple(tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in nics)
         boot = self._boot(guest, opened)
-        accel = accelerator() if guest.accel == "auto" else guest.accel
         fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
         words = argv(
-            guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
+            msgspec.structs.replace(guest, nics=nics),
+            program=qemu,
+            accel=warm_starts.accel_of(guest),
+            boot=boot,
+            fds=fds,
+            log=f"{relative}/serial.log",
+            incoming=source is not None,
+            ram=Ram(source.ram, private=True) if source else None,
         )
         start = Start(
             guest,
@@ -212,24 +256,21 @@ class Guests:
     def _boot(self, guest: Guest, opened: contextlib.ExitStack) -> Kernel | Disk:
         if guest.image == "tiny":
             tiny = tiny_image(self._progress)
-            return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline)
+            return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline, identity(guest.name))
         base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
         opened.callback(os.close, base)
         return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
 
 
-def _await_greeting(started: _Started) -> None:
-    try:
-        started.qmp.ready()
-    except QmpError as error:
-        started.qmp.close()
-        ended = started.child.has_ended(timeout=1.0)
-        output = started.child.output()
-        started.child.close()
-        if not ended:
-            raise
-        cause = output or "QEMU ended and said nothing"
-        raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
+def _failure(process: _Started, error: Exception) -> NetorchError:
+    """Why a QEMU does not come up: it says so itself, if it has ended."""
+    process.qmp.close()
+    ended = process.child.has_ended(timeout=1.0)
+    cause = process.child.output() if ended else str(error)
+    process.child.close()
+    return NetorchError(
+        f"failed to create guest {process.guest.name}: {cause or 'QEMU ended and said nothing'}"
+    )
 
 
 def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:

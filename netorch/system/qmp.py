@@ -20,7 +20,7 @@ import base64
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -167,6 +167,17 @@ class Qmp(_Lines):
     ) -> Any:
         self.send(command, arguments, fds)
         return self.answer(command)
+
+    def wait_event(self, satisfied: Callable[[Any], bool]) -> Any:
+        """Wait for an event that satisfies, for as long as QEMU lives; the event."""
+        self._socket.settimeout(None)
+        while True:
+            for event in self._events:
+                if satisfied(event):
+                    self._events.remove(event)
+                    self._socket.settimeout(SECONDS)
+                    return event
+            self._events.append(json.loads(self.line()))
 
     def event(self, name: str, device: str, seconds: float) -> bool:
         """Wait for an event about a device; False if it does not come in time, and then the session

@@ -7,7 +7,7 @@
 #   /lib/netorch/late           the rest of the start, which no lease waits for: other drivers,
 #                               the guest agent, the power button, the listener for hot-plug
 #   /lib/netorch/dhcp           udhcpc's script
-#   /lib/netorch/hotplug        runs for every kernel uevent
+#   /lib/netorch/hotplug        runs for uevents of NICs and of virtio ports (etc/mdev.conf)
 #   /etc/acpi/PWRF/00000080     the power button
 #   /sbin/{poweroff,halt,reboot,shutdown}
 #
@@ -16,16 +16,63 @@
 # by sleeping: devices that come and go later do so as uevents. Only of a link that comes back no
 # event tells a shell, so the kernel's count of that is read each second, which starts no process.
 # Every step may run twice.
+#
+# With netorch.template on its command line, the guest gets ready to be copied (docs/guests-warm.md):
+# its copies go on from there, in other QEMUs. Each QEMU has an identity, a token and the guest's
+# name; where it isn't the one that was seen last, this is a copy: `wake`. A copy's way to its lease
+# is a hot-plugged NIC and nothing else, so what that needs stands first in this file: a shell reads
+# it as it goes.
 
 export PATH=/sbin:/bin HOME=/root TERM=${TERM:-linux}
 
-say() {
-    echo "netorch-tiny: $*" > /dev/console
+IDENTITY=/sys/firmware/qemu_fw_cfg/by_name/opt/netorch/identity/raw
+
+# once NAME: true for the first caller in this boot only; noclobber makes it atomic. No subshell,
+# which would be a fork, and so not `:`, whose failed redirection would end the shell.
+once() {
+    set -C
+    { true > "/run/$1"; } 2> /dev/null
+    set -- $?
+    set +C
+    return "$1"
 }
 
-# once NAME: true for the first caller in this boot only; noclobber makes it atomic, without a fork.
-once() {
-    (set -C; : > "/run/$1") 2> /dev/null
+# Take the name that this QEMU has for the guest, which is another one than the template's.
+wake() {
+    [ -e $IDENTITY ] || return 0
+    read -r token HOST_NAME < $IDENTITY # false: no newline ends it
+    once "identity.$token" && ! once woken || return 0
+    echo "$HOST_NAME" > /proc/sys/kernel/hostname
+    : > /run/clock
+}
+
+# begin NIC: udhcpc retries each second for ever, and stays to renew.
+begin() {
+    once "dhcp.$1" || return 0
+    ip link set "$1" up
+    ask "$1"
+}
+
+ask() {
+    udhcpc -f -i "$1" -s /lib/netorch/dhcp -p "/run/udhcpc.$1.pid" -t 20 -T 1 -A 1 \
+        -O mtu ${HOST_NAME:+-x "hostname:$HOST_NAME"} > /dev/null 2>&1 &
+}
+
+case "$0 $ACTION $SUBSYSTEM" in
+    */hotplug" add net")
+        [ -e "/sys$DEVPATH/device" ] || exit 0
+        wake
+        begin "$INTERFACE"
+        exit
+        ;;
+    */dhcp*)
+        # At the start of udhcpc there is nothing to take away.
+        [ "$1" != deconfig ] || [ -e "/run/lease.$interface" ] || [ -e "/run/keep.$interface" ] || exit 0
+        ;;
+esac
+
+say() {
+    echo "netorch-tiny: $*" > /dev/console
 }
 
 # The modaliases of devices that no driver has, of the given buses' devices.
@@ -38,17 +85,8 @@ orphans() {
 start_dhcp() {
     for nic in /sys/class/net/*; do
         nic=${nic##*/}
-        # Type 1 is Ethernet.
-        [ -e "/sys/class/net/$nic/device" ] && once "dhcp.$nic" || continue
-        ip link set "$nic" up
-        ask "$nic"
+        [ ! -e "/sys/class/net/$nic/device" ] || begin "$nic"
     done
-}
-
-# ask NIC: udhcpc retries each second for ever, and stays to renew.
-ask() {
-    udhcpc -f -i "$1" -s /lib/netorch/dhcp -p "/run/udhcpc.$1.pid" -t 20 -T 1 -A 1 \
-        -O mtu ${HOST_NAME:+-x "hostname:$HOST_NAME"} > /dev/null 2>&1 &
 }
 
 # ended NIC: it is gone, and so is what its DHCP client had.
@@ -58,23 +96,31 @@ ended() {
     write_resolv
 }
 
-# Where a link comes back, the network may be another one: ask as if new, and keep the address until
-# there is an answer, or none for 20 s. By SIGKILL: the old udhcpc must not remove the new one's file.
-watch_links() {
+# Look each second whether this has become a copy, and whether a link has come back.
+watch() {
     mkfifo /run/never
     exec 3<> /run/never
     while :; do
-        for nic in /sys/class/net/eth*; do
-            nic=${nic##*/}
-            read -r ups 2> /dev/null < "/sys/class/net/$nic/carrier_up_count" || continue
-            eval "seen=\$ups_$nic; ups_$nic=$ups"
-            [ "${seen:-$ups}" != "$ups" ] || continue
-            read -r pid < "/run/udhcpc.$nic.pid" && kill -KILL "$pid" || continue
-            : > "/run/keep.$nic"
-            ask "$nic"
-        done 2> /dev/null
+        wake
+        # Its clock has stood still since it was copied.
+        [ ! -e /run/clock ] || { rm /run/clock; hwclock -s -u; }
+        watch_links
         read -r -t 1 none <&3
     done
+}
+
+# Where a link comes back, the network may be another one: ask as if new, and keep the address until
+# there is an answer, or none for 20 s. By SIGKILL: the old udhcpc must not remove the new one's file.
+watch_links() {
+    for nic in /sys/class/net/eth*; do
+        nic=${nic##*/}
+        read -r ups 2> /dev/null < "/sys/class/net/$nic/carrier_up_count" || continue
+        eval "seen=\$ups_$nic; ups_$nic=$ups"
+        [ "${seen:-$ups}" != "$ups" ] || continue
+        read -r pid < "/run/udhcpc.$nic.pid" && kill -KILL "$pid" || continue
+        : > "/run/keep.$nic"
+        ask "$nic"
+    done 2> /dev/null
 }
 
 start_agent() {
@@ -91,6 +137,7 @@ as_init() {
     for word in $line; do
         case $word in
             netorch.hostname=*) export HOST_NAME="${word#*=}" ;;
+            netorch.template) export TEMPLATE=yes ;;
         esac
     done
     echo "${HOST_NAME:-tiny}" > /proc/sys/kernel/hostname
@@ -116,16 +163,31 @@ as_late() {
     mkdir -p /dev/pts /dev/shm
     mount -t devpts devpts /dev/pts
     mount -t tmpfs shm /dev/shm
-    uevent /lib/netorch/hotplug > /dev/null 2>&1 &
-    watch_links &
+    [ -z "$TEMPLATE" ] || sed -i /MODALIAS/d /etc/mdev.conf
+    mdev -d > /dev/null 2>&1
+    watch &
     load_all
     # A second look, for what came after the first one and before the listener was there.
     start_dhcp
+    [ -z "$TEMPLATE" ] || be_template
+}
+
+# All drivers that a copy may need are loaded here, and it has to be able to tell that it is one.
+be_template() {
+    modprobe -a -q -b virtio_net e1000 8139cp 2> /dev/null
+    wake
+    if [ ! -e $IDENTITY ]; then
+        say "unfit to be copied: its kernel has no driver qemu_fw_cfg"
+    elif [ ! -e /sys/bus/acpi/drivers/vmgenid ]; then
+        say "unfit to be copied: its kernel has no driver vmgenid"
+    else
+        say "fit to be copied"
+    fi
 }
 
 # Disks come last: to load ahci takes 0.4 s, the time in which its empty ports are probed.
 load_all() {
-    modprobe -a -q -b button evdev 2> /dev/null
+    modprobe -a -q -b button evdev qemu_fw_cfg 2> /dev/null
     acpid -d -l /dev/null > /dev/null 2>&1 &
     first= disks=
     for alias in $(orphans /sys/bus/pci/devices/*); do
@@ -148,12 +210,7 @@ load_orphans() {
 
 as_hotplug() {
     [ "$ACTION $SUBSYSTEM" != "remove net" ] || ended "$INTERFACE"
-    [ "$ACTION" = add ] || exit 0
-    [ -z "$MODALIAS" ] || modprobe -q -b "$MODALIAS" 2> /dev/null
-    case $SUBSYSTEM in
-        net) start_dhcp ;;
-        virtio-ports) start_agent ;;
-    esac
+    [ "$ACTION $SUBSYSTEM" != "add virtio-ports" ] || start_agent
 }
 
 write_resolv() {

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from netorch.errors import ImageError
 
-_FORMAT = 2  # to be raised when the builder changes what it puts into an image
+_FORMAT = 4  # to be raised when the builder changes what it puts into an image
 _INIT = Path(__file__).with_name("tiny-init.sh")
 
 # Chosen on q35 under TCG with Linux 6.1, 6 to 8 boots each, on a machine that others used too:
@@ -67,7 +67,7 @@ def tiny_image(progress: Callable[[str], None]) -> TinyImage:
     ``progress`` gets a line for every step that takes long; it is not called on a cache hit.
     Raises ImageError, with what to install or run, where the image can't be built.
     """
-    cache = _cache_directory()
+    cache = cache_directory()
     try:
         init = _INIT.read_bytes()
         pointer = cache / f"tiny-current-{_FORMAT}-{os.uname().machine}-{zlib.crc32(init):08x}"
@@ -76,7 +76,12 @@ def tiny_image(progress: Callable[[str], None]) -> TinyImage:
         raise ImageError(f"failed to build the image tiny in {cache}: {error}") from error
 
 
-def _cache_directory() -> Path:
+def identity(guest: str, token: str = "") -> str:
+    """What a QEMU tells the guest to be known by: a token, by default a new one, and its name."""
+    return f"{token or os.urandom(8).hex():16} {guest:63}"
+
+
+def cache_directory() -> Path:
     configured = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG base directory specification: a relative path is invalid and to be ignored.
     base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"

@@ -41,10 +41,10 @@ _WANTED = (
     *_REQUIRED,
     *("e1000e", "vmxnet3", "virtio_blk", "virtio_scsi", "virtio_console", "virtio_rng"),
     *("virtio_mmio", "nvme", "ahci", "ata_piix", "sd_mod", "xhci_pci", "usb_storage"),
-    *("button", "evdev"),
+    *("button", "evdev", "qemu_fw_cfg"),
 )
 _APPLETS = {
-    *("sh", "init", "mount", "umount", "modprobe", "ip", "udhcpc", "uevent", "acpid"),
+    *("sh", "init", "mount", "umount", "modprobe", "ip", "udhcpc", "mdev", "acpid"),
     *("poweroff", "reboot", "cat", "rm", "mkdir", "sync"),
 }
 _OWN_NAMES = {"init", "linuxrc", "poweroff", "halt", "reboot"}  # ours, in /sbin, not busybox's
@@ -67,6 +67,13 @@ _FSTAB = """\
 proc /proc proc
 sys /sys sysfs
 dev /dev devtmpfs
+"""
+# What the kernel tells of: a line each, by uevent variables (busybox mdev). devtmpfs makes the nodes.
+_MDEV = """\
+SUBSYSTEM=net;.* 0:0 660 */lib/netorch/hotplug
+SUBSYSTEM=virtio-ports;.* 0:0 660 */lib/netorch/hotplug
+MODALIAS=.+;.* 0:0 660 @[ -e "/sys$DEVPATH/driver" ] || modprobe -q -b "$MODALIAS"
+.* 0:0 660 !
 """
 _INITTAB = """\
 ::once:/lib/netorch/late
@@ -313,6 +320,7 @@ def _skeleton(init: bytes) -> list[Entry]:
         *(initramfs.symlink(name, "/init") for name in names),
         initramfs.file("etc/profile", _PROFILE.encode()),
         initramfs.file("etc/inittab", _INITTAB.encode()),
+        initramfs.file("etc/mdev.conf", _MDEV.encode()),
         initramfs.file("etc/fstab", _FSTAB.encode()),
         initramfs.file("etc/passwd", b"root::0:0:root:/root:/bin/sh\n"),
         initramfs.file("etc/group", b"root:x:0:\n"),

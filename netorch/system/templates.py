@@ -1,0 +1,217 @@
+"""Templates: guests that have booted and stand still, of which others are copies.
+
+Theory of operation
+-------------------
+To start a guest *warm* is to let QEMU take the state of one that was booted before, without a NIC,
+and stopped: its memory is a file that each copy maps privately (copy on write, so what no copy
+changes is in memory once), the devices' state is read by -incoming. Then a copy gets its NICs, as a
+running guest does, and goes on. See docs/guests-warm.md for what copies don't share.
+
+The cache directory (that of `netorch.system.tiny`) holds
+
+    warm-<key>/ram, state    the memory, and the state of everything else
+    warm-<key>/manifest      how the two looked when they were complete
+    warm.lock                held (flock) by the one process that makes a template
+
+The key covers all that shapes a template: the command line of its QEMU, with the digest of kernel
+and initramfs in it, and QEMU itself. A template is made in a directory beside its final place and
+renamed into it when both files are on the disk. A crash leaves a `.warm-*` directory, which the
+next maker removes: it holds the lock. A file that was touched since does not fit its manifest, and
+the template is made again. The most recently used templates are kept; one that is removed while
+copies run is theirs for as long as they do.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from netorch.errors import NetorchError
+from netorch.guests import Descriptors, Kernel, Ram, argv
+from netorch.model import Guest as Wanted
+from netorch.resources import Guest
+from netorch.system.tiny import cache_directory, identity, tiny_image
+
+_FORMAT = 1  # to be raised when what is done to a template changes
+_KEPT = 8
+_NAME = "template"
+
+
+class Unfit(NetorchError):
+    """A guest can't start warm; the message is the reason. It is `plain` where the file tells, and
+    no surprise.
+    """
+
+    def __init__(self, message: str, is_plain: bool = False) -> None:
+        super().__init__(message)
+        self.is_plain = is_plain
+
+
+_refused: dict[Path, Unfit] = {}  # not to be tried again by this process
+
+
+class Template(NamedTuple):
+    """A template in the cache."""
+
+    directory: Path
+
+    @property
+    def ram(self) -> Path:
+        return self.directory / "ram"
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state"
+
+    def discard(self) -> None:
+        """Forget one that QEMU could not go on from."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def shape(guest: Guest) -> Guest:
+    """The guest that a template of `guest` is. Raises Unfit."""
+    plain = Guest(
+        name=_NAME,
+        image=guest.image,
+        format=guest.format,
+        machine=guest.machine,
+        accel=guest.accel,
+        memory=guest.memory,
+        cpus=guest.cpus,
+        ports=guest.ports,
+    )
+    if guest.image != "tiny":
+        raise Unfit("its image is its own, and only tiny can be copied", is_plain=True)
+    if guest.machine != "q35":
+        raise Unfit(f"it is a {guest.machine}, and only a q35 can be copied", is_plain=True)
+    if len(guest.nics) > guest.ports:
+        raise Unfit(f"it has {len(guest.nics)} NICs, and ports for {guest.ports}", is_plain=True)
+    for field in guest.__struct_fields__:
+        if field not in ("name", "nics") and getattr(guest, field) != getattr(plain, field):
+            raise Unfit(f"a template has none of what it has: {field}", is_plain=True)
+    return plain
+
+
+def refusal(wanted: Wanted) -> str:
+    """Why a guest of the file is not to start warm, as far as the file tells; "" if it may."""
+    if wanted.start == "cold":
+        return "its file says so"
+    if wanted.ready.startswith("console:"):
+        return "its console is waited for, and a copy does not boot"
+    return ""
+
+
+def template(
+    qemu: str, guest: Guest, accel: str, progress: Callable[[str], None]
+) -> Template:
+    """The template for guests like `guest`, from the cache or else made now. Raises Unfit."""
+    plain = shape(guest)
+    tiny = tiny_image(progress)
+    kernel = Kernel(
+        tiny.kernel, tiny.initrd, f"{tiny.cmdline} netorch.template", identity(_NAME, "template")
+    )
+
+    def words(fds: Descriptors, ram: Path) -> list[str]:
+        return argv(
+            plain,
+            program=qemu,
+            accel=accel,
+            boot=kernel,
+            fds=fds,
+            log="serial.log",
+            ram=Ram(ram, private=False),
+        )
+
+    cache = cache_directory()
+    found = Template(cache / f"warm-{_key(qemu, words(Descriptors(0, 0, 0), Path('ram')))}")
+    if _is_whole(found):
+        os.utime(found.directory)
+        return found
+    if found.directory in _refused:
+        raise _refused[found.directory]
+    try:
+        return _make(found, words, f"{plain.image} with {plain.memory} MiB", progress)
+    except OSError as error:
+        reason = Unfit(f"its template can't be made in {cache}: {error}")
+        _refused[found.directory] = reason
+        raise reason from error
+    except Unfit as error:
+        _refused[found.directory] = error
+        raise
+
+
+def _key(qemu: str, words: list[str]) -> str:
+    program = os.stat(qemu)
+    shaped_by = [_FORMAT, program.st_size, program.st_mtime_ns, words]
+    if "kvm" in words:
+        shaped_by.append(_processor())
+    return sha256(msgspec.json.encode(shaped_by)).hexdigest()[:16]
+
+
+def _processor() -> list[str]:
+    """The host's processor: under KVM, what the guest has seen of it has to be there."""
+    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    return [line for line in lines if line.startswith(("model name", "flags", "microcode"))]
+
+
+def _is_whole(found: Template) -> bool:
+    try:
+        manifest = (found.directory / "manifest").read_bytes()
+        return manifest == _manifest(found.directory)
+    except FileNotFoundError:
+        return False
+
+
+def _manifest(directory: Path) -> bytes:
+    """How the files look. The memory is too large to be read at every start."""
+    looks: list[object] = [zlib.crc32((directory / "state").read_bytes())]
+    for name in ("ram", "state"):
+        seen = os.stat(directory / name)
+        looks += [seen.st_ino, seen.st_size, seen.st_mtime_ns]
+    return msgspec.json.encode(looks)
+
+
+def _make(
+    wanted: Template,
+    words: Callable[[Descriptors, Path], list[str]],
+    what: str,
+    progress: Callable[[str], None],
+) -> Template:
+    from netorch.system.template_birth import give_birth
+
+    cache = wanted.directory.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "warm.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another netorch, which is making a template")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_whole(wanted):
+            return wanted
+        for leftover in cache.glob(".warm-*"):
+            shutil.rmtree(leftover)
+        progress(f"making a template of {what}, by booting it (once)")
+        with tempfile.TemporaryDirectory(prefix=".warm-", dir=cache) as scratch:
+            made = Path(scratch, "template")
+            made.mkdir(mode=0o700)
+            give_birth(words, made, Path(scratch))
+            (made / "manifest").write_bytes(_manifest(made))
+            if wanted.directory.exists():
+                shutil.rmtree(wanted.directory)
+            made.rename(wanted.directory)
+        _make_room(cache)
+    return wanted
+
+
+def _make_room(cache: Path) -> None:
+    there = sorted(cache.glob("warm-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in there[_KEPT:]:
+        shutil.rmtree(old)
