@@ -88,7 +88,12 @@ def said(name: str, identity: str) -> Plugged:
 
 
 def ports(count: int) -> list[dict[str, object]]:
-    """PCIe ports for NICs that come and go, eight to a slot: each has room for one device."""
+    """PCIe ports for NICs that come and go, eight to a slot: each has room for one device.
+
+    The last one comes first: where several ports have something new at once, the guest hears of the
+    port first that was made last (QEMU, hw/i386/acpi-build.c, build_append_pci_bus_devices, goes
+    through a list that grows at its head), and NICs are to be found in their order.
+    """
     return [
         {
             "driver": "pcie-root-port",
@@ -97,5 +102,5 @@ def ports(count: int) -> list[dict[str, object]]:
             "addr": f"{_PORT_SLOT + number // 8:x}.{number % 8}",
             "multifunction": True,
         }
-        for number in range(count)
+        for number in reversed(range(count))
     ]
