@@ -197,14 +197,11 @@ class Guests:
         the guests that can't start warm.
         """
         ready, refused = list(started), []
-        for step in (Qmp.ready, warm_starts.begin, warm_starts.finish):
+        for step in (_greeted, warm_starts.begin, warm_starts.finish):
             for process in list(ready):
                 source = process.template
                 try:
-                    if step is Qmp.ready:
-                        process.qmp.ready()
-                    elif source is not None:
-                        step(process.qmp, source)
+                    step(process.qmp, source)
                 except (QmpError, OSError) as error:
                     ready.remove(process)
                     with _collected(errors):
@@ -260,6 +257,10 @@ class Guests:
         base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
         opened.callback(os.close, base)
         return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
+
+
+def _greeted(qmp: Qmp, _source: Template | None) -> None:
+    qmp.ready()
 
 
 def _failure(process: _Started, error: Exception) -> NetorchError:

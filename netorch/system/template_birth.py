@@ -32,9 +32,7 @@ _UNFIT = b"unfit to be copied: "
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def give_birth(
-    words: Callable[[Descriptors, Path], list[str]], into: Path, scratch: Path
-) -> None:
+def give_birth(words: Callable[[Descriptors, Path], list[str]], into: Path, scratch: Path) -> None:
     """Write `ram` and `state` into the directory `into`. Raises Unfit, OSError."""
     ram = into / "ram"
     with ram.open("xb") as file:
@@ -43,7 +41,8 @@ def give_birth(
         listeners = [opened.enter_context(listen(scratch / f"{n}.sock")) for n in ("q", "s", "a")]
         qmp = opened.enter_context(Qmp(scratch / "q.sock", "template"))
         console = opened.enter_context(connect(scratch / "s.sock", _SECONDS))
-        fds = Descriptors(*(listener.fileno() for listener in listeners))
+        numbers = [listener.fileno() for listener in listeners]
+        fds = Descriptors(qmp=numbers[0], serial=numbers[1], agent=numbers[2])
         log = opened.enter_context((scratch / "qemu.log").open("w+"))
         process = _start(words(fds, ram), fds, scratch, log.fileno())
         opened.callback(process.wait)

@@ -108,9 +108,7 @@ def refusal(wanted: Wanted) -> str:
     return ""
 
 
-def template(
-    qemu: str, guest: Guest, accel: str, progress: Callable[[str], None]
-) -> Template:
+def template(qemu: str, guest: Guest, accel: str, progress: Callable[[str], None]) -> Template:
     """The template for guests like `guest`, from the cache or else made now. Raises Unfit."""
     plain = shape(guest)
     tiny = tiny_image(progress)

@@ -68,7 +68,7 @@ proc /proc proc
 sys /sys sysfs
 dev /dev devtmpfs
 """
-# What the kernel tells of: a line each, by uevent variables (busybox mdev). devtmpfs makes the nodes.
+# What is done when the kernel tells of something (busybox mdev); devtmpfs makes the nodes.
 _MDEV = """\
 SUBSYSTEM=net;.* 0:0 660 */lib/netorch/hotplug
 SUBSYSTEM=virtio-ports;.* 0:0 660 */lib/netorch/hotplug

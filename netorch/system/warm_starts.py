@@ -67,15 +67,16 @@ class WarmStarts:
         wanted = self._guests.get(guest.name)
         if wanted is None or wanted.start == "cold":
             return None
-        try:
-            if reason := refusal(wanted):
-                raise Unfit(reason, is_plain=True)
-            return template(qemu, guest, accel_of(guest), self._progress)
-        except Unfit as reason:
-            # What nobody has asked for, and can't be, is not worth a word.
-            if wanted.start == "warm" or not reason.is_plain:
-                self._progress(f"{guest.name} starts cold: {reason.message}")
-            return None
+        reason, is_plain = refusal(wanted), True
+        if not reason:
+            try:
+                return template(qemu, guest, accel_of(guest), self._progress)
+            except Unfit as unfit:
+                reason, is_plain = unfit.message, unfit.is_plain
+        # What nobody has asked for, and can't be, is not worth a word.
+        if wanted.start == "warm" or not is_plain:
+            self._progress(f"{guest.name} starts cold: {reason}")
+        return None
 
 
 def refuse(
@@ -86,8 +87,10 @@ def refuse(
     progress(f"{guest.name} starts cold: {error.message}")
 
 
-def begin(qmp: Qmp, source: Template) -> None:
+def begin(qmp: Qmp, source: Template | None) -> None:
     """Raises QmpError, or OSError if the template is gone."""
+    if source is None:
+        return
     state = os.open(source.state, os.O_RDONLY | os.O_CLOEXEC)
     try:
         incoming.begin(qmp, state, [_IGNORE_SHARED])
@@ -95,8 +98,10 @@ def begin(qmp: Qmp, source: Template) -> None:
         os.close(state)
 
 
-def finish(qmp: Qmp, _source: Template) -> None:
+def finish(qmp: Qmp, source: Template | None) -> None:
     """Raises QmpError."""
+    if source is None:
+        return
     incoming.finish(qmp)
     # It stays on otherwise, and changes what `save` writes.
     qmp.ask("migrate-set-capabilities", incoming.capabilities(_IGNORE_SHARED, on=False))

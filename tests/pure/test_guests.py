@@ -16,7 +16,7 @@ from netorch.resources import Guest
 from tests.guest_shapes import SHAPES, guest, nic
 
 GOLDEN = Path(__file__).parent / "golden" / "guests"
-KERNEL = Kernel(Path("/cache/kernel"), Path("/cache/initrd"), "console=ttyS0 quiet")
+KERNEL = Kernel(Path("/cache/kernel"), Path("/cache/initrd"), "console=ttyS0 quiet", "0123 vm1")
 
 
 def render(shape: Guest, accel: str = "tcg", overlay: str = "/disks/vm1.qcow2") -> list[str]:
