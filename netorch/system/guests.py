@@ -13,21 +13,20 @@ its disk caches and quit, as its `quit` does, and needs no socket.
 """
 
 import contextlib
-import os
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from netorch.disk_devices import Disk
 from netorch.errors import ImageError, KernelError, MissingError, NetorchError
 from netorch.guests import Descriptors, Kernel, argv
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import disks
+from netorch.system import disk_checks
 from netorch.system.accel import accelerator
+from netorch.system.disks import open_disk
 from netorch.system.guest_processes import directory_of, run_states, running
 from netorch.system.guest_taps import open_queues
 from netorch.system.processes import Child, end, program, start
@@ -76,15 +75,9 @@ class Guests:
         reasons = []
         if guests and program(QEMU) is None:
             reasons.append(f"{QEMU} is not installed: {_INSTALL_QEMU}")
-        for image in dict.fromkeys(guest.image for guest in guests):
-            reasons += self._image_reasons(image)
-        for guest in guests:
-            if guest.image != "tiny" and disks.outdated(self._scope, guest):
-                reasons.append(
-                    f"image {guest.image} was written to after the disk of guest {guest.name} was "
-                    "made from it: take the guest out of the file and apply, then start it anew"
-                )
-        return reasons
+        if any(guest.image == "tiny" for guest in guests):
+            reasons += self._tiny_reasons()
+        return reasons + disk_checks.reasons(self._scope, guests)
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
@@ -119,22 +112,11 @@ class Guests:
                 shutil.rmtree(directory)
             done(guest)
 
-    def _image_reasons(self, image: str) -> Iterator[str]:
+    def _tiny_reasons(self) -> Iterator[str]:
         try:
-            if image == "tiny":
-                tiny_image(self._progress)
-                return
-            image_format = disks.image_format(Path(image))
+            tiny_image(self._progress)
         except ImageError as error:
             yield f"{error.message}: {error.hint}" if error.hint else error.message
-            return
-        if image_format == "qcow2" and (backing := disks.backing(Path(image))[0]):
-            yield (
-                f"image {image} is itself an overlay, of {backing}: make one that stands alone "
-                f"with `qemu-img convert -O qcow2 {image} NEW`"
-            )
-        if writer := disks.writer(Path(image)):
-            yield f"image {image} is being written to by {writer}: shut that down, or use a copy"
 
     def _create(
         self, guests: list[Guest], done: Callable[[Resource], None], errors: list[NetorchError]
@@ -170,20 +152,23 @@ class Guests:
             taps = tuple(
                 tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics
             )
-            boot = self._boot(guest, opened)
+            sets = itertools.count(1)
+            files = tuple(
+                open_disk(self._scope, guest.name, disk, sets, opened) for disk in guest.disks
+            )
+            kernel = self._kernel(guest)
             qmp = Qmp(directory / "qmp.sock", guest.name)
             accel = accelerator() if guest.accel == "auto" else guest.accel
-            fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
-            words = argv(
-                guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
-            )
+            fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps, files)
+            log = f"{relative}/serial.log"
+            words = argv(guest, program=qemu, accel=accel, kernel=kernel, fds=fds, log=log)
             try:
                 child = start(
                     self._scope,
                     guest,
                     words,
                     log=directory / "qemu.log",
-                    pass_fds=_numbers(fds, boot),
+                    pass_fds=fds.numbers(),
                     capabilities=(),
                     daemon=True,
                 )
@@ -192,13 +177,11 @@ class Guests:
                 raise
         return _Started(guest, child, qmp)
 
-    def _boot(self, guest: Guest, opened: contextlib.ExitStack) -> Kernel | Disk:
-        if guest.image == "tiny":
-            tiny = tiny_image(self._progress)
-            return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline)
-        base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
-        opened.callback(os.close, base)
-        return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
+    def _kernel(self, guest: Guest) -> Kernel | None:
+        if guest.image != "tiny":
+            return None
+        tiny = tiny_image(self._progress)
+        return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline)
 
 
 def _state(resource: Resource) -> str:
@@ -217,12 +200,6 @@ def _await_greeting(started: _Started) -> None:
             raise
         cause = output or "QEMU ended and said nothing"
         raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
-
-
-def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:
-    queues = [fd for tap in fds.taps for fd in tap]
-    base = [boot.base_fd] if isinstance(boot, Disk) else []
-    return [fds.qmp, fds.serial, fds.agent, *queues, *base]
 
 
 @contextlib.contextmanager

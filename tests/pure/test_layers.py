@@ -28,8 +28,9 @@ LAYERS = (
     {"planner"},
     {"compiler", "junit"},
     {"expectations"},
-    {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"},
-    {"topology_checks", "topology_clashes", "topology_expect", "topology_shape"}
+    {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"}
+    | {"guest_disks"},
+    {"topology_checks", "topology_clashes", "topology_disks", "topology_expect", "topology_shape"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "resource", "facts", "names"},
