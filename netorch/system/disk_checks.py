@@ -71,7 +71,12 @@ def _of_header(path: Path, named: DiskLayer | None) -> Iterator[str]:
             yield f"image {path} stands alone: it is no overlay of {named.file}"
         return
     below = os.path.join(path.parent, found.backing.removeprefix("file:"))
-    if named is None:
+    if ":" in found.backing.removeprefix("file:").partition("/")[0]:
+        yield (  # QEMU's path_has_protocol(), as in nbd://HOST and json:{...}
+            f"image {path} is an overlay of {found.backing}, which is no file: make one that "
+            f"stands alone with `qemu-img convert -O qcow2 {path} NEW`"
+        )
+    elif named is None:
         hint = f'backing = [{{ file = "{below}", format = "{found.backing_format or "raw"}" }}]'
         yield (
             f"image {path} is itself an overlay, of {below}, which the file does not name: write "

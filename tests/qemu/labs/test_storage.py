@@ -221,51 +221,48 @@ def _qemu_of(lab: Lab) -> int:
     raise AssertionError("vm1 does not run")
 
 
-def test_a_block_device(machine: Machine) -> None:
+def test_block_devices(machine: Machine) -> None:
     if os.getuid() != 0:
         pytest.skip("only root makes loop devices")
-    backing = machine.directory / "backing.img"
-    content = os.urandom(SIZE)
-    backing.write_bytes(content)
-    made = subprocess.run(
-        ["losetup", "--find", "--show", str(backing)], capture_output=True, text=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip(f"no loop device: {made.stderr}")
-    loop = made.stdout.strip()
+    loops: list[str] = []
+    files = [machine.directory / f"{name}.img" for name in ("base", "kept")]
     try:
-        _check_block_device(machine, loop, content)
+        for file in files:
+            file.write_bytes(os.urandom(SIZE))
+            command = ["losetup", "--find", "--show", str(file)]
+            made = subprocess.run(command, capture_output=True, text=True, check=False)
+            if made.returncode != 0:
+                pytest.skip(f"no loop device: {made.stderr}")
+            loops.append(made.stdout.strip())
+        _check_block_devices(machine, *loops)
     finally:
-        subprocess.run(["losetup", "--detach", loop], check=True)
-    assert backing.read_bytes() != content
+        for loop in loops:
+            subprocess.run(["losetup", "--detach", loop], check=True)
 
 
-def _check_block_device(machine: Machine, loop: str, content: bytes) -> None:
-    rows = [f'{{ bus = "{bus}", name = "{bus}", file = "{loop}" }}' for bus in BUSES]
-    text = f"[guests.vm1]\ndisks = [{', '.join(rows)}]"
-    lab = machine.up("device", text)
-    _await(lab, "vm1", len(BUSES))
-    found = _sums(lab, "vm1", list(BUSES))
-    assert set(found.values()) == {_digest(content)}
-    assert lab.sh("vm1", _WRITE.format(names=" ".join(BUSES))) == ""
-    with open(loop, "rb") as device:
-        assert device.read() == content
-    kept = f'[guests.vm1]\ndisks = [{{ file = "{loop}", format = "raw", persistent = true }}]'
-    lab.file.write_text(kept)
-    machine.netorch("apply", str(lab.file))
-    _await(lab, "vm1", 1)
-    assert _sums(lab, "vm1", ["disk0"]) == {"disk0": _digest(content)}
-    assert lab.sh("vm1", _WRITE.format(names="disk0")) == ""
-    (written,) = _sums(lab, "vm1", ["disk0"]).values()
-    done = machine.netorch("apply", str(machine.file("other", kept)), status=1)
-    assert f"image {loop} is in use by process {_qemu_of(lab)} (qemu:vm1 of " in done.stderr
+def _check_block_devices(machine: Machine, base: str, kept: str) -> None:
+    """Overlays over the device `base` on every bus, and `kept` persistent."""
+    before = [Path(loop).read_bytes() for loop in (base, kept)]
+    rows = [f'{{ bus = "{bus}", name = "{bus}", file = "{base}" }}' for bus in BUSES]
+    rows.append(f'{{ file = "{kept}", name = "kept", format = "raw", persistent = true }}')
+    lab = machine.up("devices", f"[guests.vm1]\ndisks = [{', '.join(rows)}]")
+    names = [*BUSES, "kept"]
+    _await(lab, "vm1", len(names))
+    found = _sums(lab, "vm1", names)
+    assert found == {**dict.fromkeys(BUSES, _digest(before[0])), "kept": _digest(before[1])}
+    assert lab.sh("vm1", _WRITE.format(names=" ".join(names))) == ""
+    written = _sums(lab, "vm1", names)
+    assert len(set(written.values())) == len(names)
+    other = machine.file("other", f"[guests.vm1]\ndisks = [{rows[-1]}]")
+    done = machine.netorch("apply", str(other), status=1)
+    assert f"image {kept} is in use by process {_qemu_of(lab)} (qemu:vm1 of " in done.stderr
     lab.teardown()
-    with open(loop, "rb") as device:
-        assert _digest(device.read()) == written
-    subprocess.run(["mkfs.ext2", "-q", loop], check=True)
+    assert Path(base).read_bytes() == before[0]
+    assert _digest(Path(kept).read_bytes()) == written["kept"]
+    subprocess.run(["mkfs.ext2", "-q", kept], check=True)
     mounted = machine.directory / "mounted"
     mounted.mkdir()
-    subprocess.run(["mount", loop, str(mounted)], check=True)
-    done = machine.netorch("apply", str(lab.file), status=1)
-    assert f"failed to write to image {loop}: Device or resource busy" in done.stderr
+    subprocess.run(["mount", kept, str(mounted)], check=True)
+    done = machine.netorch("apply", str(other), status=1)
+    assert f"failed to write to image {kept}: Device or resource busy" in done.stderr
     subprocess.run(["umount", str(mounted)], check=True)
