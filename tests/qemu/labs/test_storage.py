@@ -12,6 +12,7 @@ from tests.qemu.labs.lab import Lab, Machine, wait_for
 
 BUSES = ("virtio", "scsi", "sata", "nvme", "usb")
 SIZE = 1 << 20
+READ = 3 << 16  # how much of a disk is read, of which the middle third is written
 
 # In the guest: a link /run/disk/SERIAL for every disk, made when so many are there. Their drivers
 # show the serial numbers in different places. Few processes: each costs milliseconds under TCG.
@@ -34,12 +35,12 @@ done
 _READ = """
 echo 3 > /proc/sys/vm/drop_caches
 for name in {names}; do
-    echo $name $(dd if=/run/disk/$name bs=64k count=16 2>/dev/null | sha256sum)
+    echo $name $(dd if=/run/disk/$name bs=64k count=3 2>/dev/null | md5sum)
 done
 """
 _WRITE = """
 for name in {names}; do
-    dd if=/dev/urandom of=/run/disk/$name bs=64k count=4 seek=8 conv=fsync,notrunc 2>/dev/null ||
+    dd if=/dev/urandom of=/run/disk/$name bs=64k count=1 seek=1 conv=fsync,notrunc 2>/dev/null ||
         echo $name
 done
 """
@@ -99,13 +100,13 @@ def _names(*suffixes: str) -> list[str]:
 
 
 def _sums(lab: Lab, guest: str, names: list[str]) -> dict[str, str]:
-    """SHA-256 of what the guest reads of its disks."""
+    """MD5 of what the guest reads of its disks."""
     said = lab.sh(guest, _READ.format(names=" ".join(names)))
     return dict(line.split()[:2] for line in said.splitlines())
 
 
 def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.md5(content[:READ]).hexdigest()
 
 
 def test_every_front_end_on_every_back_end(machine: Machine) -> None:
