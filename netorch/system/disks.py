@@ -18,9 +18,9 @@ from netorch.planner import Update
 from netorch.resources import Guest, GuestDisk, Overlay, Resource, Volume
 from netorch.system.guest_processes import directory_of, running
 from netorch.system.images import header, is_block_device, open_image, virtual_size
-from netorch.system.processes import Child, program, start
 from netorch.system.qmp import Qmp
 from netorch.system.scope import Scope
+from netorch.system.starting import Child, program, start
 
 _INSTALL = "install qemu-utils (Fedora: qemu-img)"
 

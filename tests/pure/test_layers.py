@@ -20,7 +20,10 @@ LAYERS = (
     {"starter"},
     {"agent", "agents"},
     {"wire"},
-    {"report", "nodes", "verify", "picture"},
+    {"guest_cli"},
+    {"cli_options"},
+    {"watcher"},
+    {"report", "nodes", "verify", "picture", "lifecycle"},
     {"labs"},
     {"whereabouts", "surroundings", "bridging"},
     {"engine"},
@@ -31,6 +34,7 @@ LAYERS = (
     {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"}
     | {"guest_disks"},
     {"topology_checks", "topology_clashes", "topology_disks", "topology_expect", "topology_shape"}
+    | {"topology_order"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "resource", "facts", "names"},
