@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.qemu.labs.lab import Lab, Machine, wait_for
+from tests.qemu.labs.lab import Lab, Machine
 
 BUSES = ("virtio", "scsi", "sata", "nvme", "usb")
 SIZE = 1 << 20
@@ -79,19 +79,13 @@ def _file(memory: str = "160M") -> str:
     disks = [f'    {{ bus = "{bus}", {rest} }},' for bus in BUSES for rest in _disks(bus)]
     old = ['{ bus = "ide", file = "raw.img" }', '{ bus = "ide", size = "1M" }']
     old += ['{ bus = "sata", file = "data.qcow2" }', '{ file = "raw.img", readonly = true }']
-    lines = ["[guests.vm1]", f'memory = "{memory}"', "disks = [", *disks, "]"]
-    lines += ["[guests.old]", 'machine = "pc"', f"disks = [{', '.join(old)}]"]
+    lines = ["[guests.vm1]", f'memory = "{memory}"', 'ready = "agent"', "disks = [", *disks, "]"]
+    lines += ["[guests.old]", 'machine = "pc"', 'ready = "agent"', f"disks = [{', '.join(old)}]"]
     return "\n".join(lines)
 
 
 def _await(lab: Lab, guest: str, count: int) -> None:
-    """Wait for the guest's agent, without a network to wait for, and then for its disks."""
-    wait_for(lab.run / "guests" / guest / "serial.log", lambda text: f"{guest}:" in text)
-    for _try in range(6):
-        done = lab.exec(guest, "true", status=None)
-        if done.returncode == 0:
-            break
-    assert done.returncode == 0, done.stderr
+    """Wait until the guest has so many disks."""
     lab.sh(guest, _LINK.format(count=count))
 
 
@@ -245,7 +239,7 @@ def _check_block_devices(machine: Machine, base: str, kept: str) -> None:
     before = [Path(loop).read_bytes() for loop in (base, kept)]
     rows = [f'{{ bus = "{bus}", name = "{bus}", file = "{base}" }}' for bus in BUSES]
     rows.append(f'{{ file = "{kept}", name = "kept", format = "raw", persistent = true }}')
-    lab = machine.up("devices", f"[guests.vm1]\ndisks = [{', '.join(rows)}]")
+    lab = machine.up("devices", f'[guests.vm1]\nready = "agent"\ndisks = [{", ".join(rows)}]')
     names = [*BUSES, "kept"]
     _await(lab, "vm1", len(names))
     found = _sums(lab, "vm1", names)
