@@ -197,6 +197,26 @@ def leases(lab: str | None, as_json: bool) -> None:
         report.leases_text(found)
 
 
+@cli.command()
+@click.argument("tap", metavar="[TAP|PID]", required=False)
+@JSON
+def taps(tap: str | None, as_json: bool) -> None:
+    """Show who has which tap open, netorch's or anybody's: all, those of one name, or those of one
+    process.
+    """
+    from netorch import tap_report
+    from netorch.tap_queues import find
+
+    found = find()
+    rows = tap_report.chosen(found, tap)
+    if as_json:
+        tap_report.json_out(rows)
+    else:
+        tap_report.text(rows)
+    for line in tap_report.unseen(found, rows, os.geteuid() == 0):
+        click.echo(line, err=True)
+
+
 @cli.command(name="exec", context_settings={"ignore_unknown_options": True})
 @click.option("--lab", help="The lab, where more than one runs.")
 @click.argument("node")

@@ -79,8 +79,13 @@ def parse(text: str, network: str) -> list[Lease]:
 
 def read(scope: Scope) -> list[Lease]:
     """All leases of the lab, by network and address."""
+    return read_in(scope.run)
+
+
+def read_in(run: Path) -> list[Lease]:
+    """All leases of the lab with this run directory, by network and address."""
     found = []
-    for path in scope.run.glob("dnsmasq-*.leases"):
+    for path in run.glob("dnsmasq-*.leases"):
         if not path.with_suffix(".conf").exists():
             continue  # of a network that the lab no longer has
         network = path.name.removeprefix("dnsmasq-").removesuffix(".leases")

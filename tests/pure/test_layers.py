@@ -23,18 +23,27 @@ LAYERS = (
     {"guest_cli"},
     {"cli_options"},
     {"watcher"},
-    {"report", "nodes", "verify", "picture", "lifecycle"},
+    {"report", "nodes", "verify", "picture", "lifecycle", "tap_report"},
     {"labs"},
-    {"whereabouts", "surroundings", "bridging"},
+    {"whereabouts", "surroundings", "bridging", "tap_queues"},
     {"engine"},
     {"system"},
     {"planner"},
     {"compiler", "junit"},
     {"expectations"},
-    {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"}
-    | {"guest_disks"},
-    {"topology_checks", "topology_clashes", "topology_disks", "topology_expect", "topology_shape"}
-    | {"topology_order"}
+    {
+        "addresses",
+        "networks",
+        "guests",
+        "qemu_options",
+        "nic_devices",
+        "disk_devices",
+        "guest_disks",
+        "topology",
+        "schema",
+    },
+    {"topology_checks", "topology_clashes", "topology_disks", "topology_expect"}
+    | {"topology_shape", "topology_order"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "resource", "facts", "names"},
