@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from netorch import __version__
+from netorch import __version__, cli_access
 from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
 
 if TYPE_CHECKING:
@@ -270,6 +270,10 @@ def schema() -> None:
     from netorch.schema import schema as of_file
 
     report.json_out(of_file())
+
+
+for command in cli_access.COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> NoReturn:

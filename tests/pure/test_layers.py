@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "netorch"
 LAYERS = (
     {"__main__"},
     {"cli", "watchdog"},
+    {"cli_access"},
     {"pytest_plugin"},
     {"needs"},
     {"api"},
@@ -20,6 +21,7 @@ LAYERS = (
     {"starter"},
     {"agent", "agents"},
     {"wire"},
+    {"access"},
     {"report", "nodes", "verify", "picture"},
     {"labs"},
     {"whereabouts", "surroundings", "bridging"},
@@ -28,7 +30,7 @@ LAYERS = (
     {"planner"},
     {"compiler", "junit"},
     {"expectations"},
-    {"addresses", "networks", "guests", "topology", "schema"},
+    {"addresses", "networks", "guests", "topology", "schema", "keys", "png"},
     {"topology_checks", "topology_clashes", "topology_expect", "topology_shape"}
     | {"topology_values", "toml_lines"},
     {"state"},

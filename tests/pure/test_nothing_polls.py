@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "netorch"
-POLLS = {PACKAGE / "system/qmp.py"}  # the guest agent tells of a command's end only when asked
+POLLS = {
+    PACKAGE / "system/qmp.py",  # the guest agent tells of a command's end only when asked
+    PACKAGE / "system/screen.py",  # QEMU tells nobody when a key has been pressed
+}
 
 
 @pytest.mark.parametrize(
