@@ -300,7 +300,8 @@ class _Compiler:
                 for index, nic in enumerate(guest.nics)
             ),
             networks=tuple(served),
-            vnc=-1 if guest.vnc is None else guest.vnc,
+            vnc=_display(guest),
+            video=guest.video or ("" if guest.vnc is False else "VGA"),
         )
 
     def _format(self, guest: Guest) -> str:
@@ -311,6 +312,12 @@ class _Compiler:
             if guest.format == "auto"
             else guest.format
         )
+
+
+def _display(guest: Guest) -> str:
+    if isinstance(guest.vnc, bool):
+        return "socket" if guest.vnc else ""
+    return str(guest.vnc)
 
 
 def _gateway_of(nic: HostNic, segment: Segment) -> str:

@@ -88,7 +88,7 @@ def argv(
             "-device",
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
         ),
-        *_screen(guest.vnc),
+        *screen(guest),
     ]
 
 
@@ -146,10 +146,21 @@ def _disk(boot: Disk) -> Iterator[str]:
     yield from _json("-device", {"driver": "virtio-blk-pci", "drive": "disk", "bootindex": 1})
 
 
-def _screen(display: int) -> Iterator[str]:
-    if display >= 0:
-        yield from ("-vnc", f"127.0.0.1:{display}")
-        yield from _json("-device", {"driver": "VGA"})
+def screen(guest: Guest) -> Iterator[str]:
+    """The display adapter, and where VNC viewers find it. The path is from QEMU's directory, the
+    lab's: a socket's has at most 107 bytes.
+    """
+    if guest.vnc == "socket":
+        yield from ("-vnc", f"unix:{vnc_socket(guest.name)}")
+    elif guest.vnc:
+        yield from ("-vnc", f"127.0.0.1:{guest.vnc}")
+    if guest.video:
+        yield from _json("-device", {"driver": guest.video})
+
+
+def vnc_socket(guest: str) -> str:
+    """The path of a guest's VNC socket, from the run directory of the lab."""
+    return f"guests/{guest}/vnc.sock"
 
 
 def _json(option: str, value: dict[str, object]) -> tuple[str, str]:

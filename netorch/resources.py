@@ -325,7 +325,8 @@ class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
 class Guest(Resource, frozen=True):
     """A running QEMU. `image` is `tiny` or an absolute path; `memory` is in MiB.
 
-    `vnc` is a display number on loopback, -1 for none. `networks` are those whose services it waits
+    `vnc` is `socket`, for one in the run directory, or a display number on loopback, "" for none;
+    `video` is the display adapter, "" for none. `networks` are those whose services it waits
     for. `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
     """
 
@@ -339,7 +340,8 @@ class Guest(Resource, frozen=True):
     cpus: int
     nics: tuple[GuestNic, ...] = ()
     networks: tuple[str, ...] = ()
-    vnc: int = -1
+    vnc: str = ""
+    video: str = ""
     state: str = "running"
 
     @property

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import msgspec
 
 from netorch.errors import ImageError, KernelError, MissingError, NetorchError
-from netorch.guests import Descriptors, Disk, Kernel, argv
+from netorch.guests import Descriptors, Disk, Kernel, argv, vnc_socket
 from netorch.planner import Update
 from netorch.resources import Guest, GuestNic, Resource
 from netorch.system import disks
@@ -170,6 +170,8 @@ class Guests:
         for process in greeted:
             with _collected(errors), process.qmp:
                 process.qmp.ask("cont")
+                if process.guest.vnc == "socket":  # QEMU made it, by the person's umask
+                    (self._scope.run / vnc_socket(process.guest.name)).chmod(0o600)
                 process.child.close()
                 done(process.guest)
 

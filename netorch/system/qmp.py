@@ -131,11 +131,12 @@ class _Lines:
         fds: Sequence[int] = (),
     ) -> None:
         message = {"execute": command, **({"arguments": arguments} if arguments else {})}
-        data = json.dumps(message).encode() + b"\n"
+        data = memoryview(json.dumps(message).encode() + b"\n")
         try:
-            # Descriptors go with the first byte, and a short message goes at once.
-            sent = socket.send_fds(self._socket, [data], fds) if fds else 0
-            self._socket.sendall(data[sent:])
+            if fds:  # they go with the first bytes
+                data = data[socket.send_fds(self._socket, [data], fds) :]
+            while data:  # each part has the whole time limit, which with sendall they would share
+                data = data[self._socket.send(data) :]
         except OSError as error:
             raise QmpError(f"failed to ask {self._name}: {error}") from error
 
