@@ -212,7 +212,8 @@ class Guests:
     def _boot(self, guest: Guest, opened: contextlib.ExitStack) -> Kernel | Disk:
         if guest.image == "tiny":
             tiny = tiny_image(self._progress)
-            return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline)
+            kernel = tiny.vmlinuz if guest.video else tiny.kernel
+            return Kernel(kernel, tiny.initrd, tiny.cmdline)
         base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
         opened.callback(os.close, base)
         return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
