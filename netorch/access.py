@@ -79,14 +79,14 @@ def show(node: Node, where: str, say: Callable[[str, str], None]) -> None:
     the guest ends, which raises NetorchError. `say` hears where, and where QEMU's own display is.
     """
     from netorch.system import viewers
-    from netorch.system.processes import leaders, marked
+    from netorch.system.guest_processes import running
 
     with _qmp(node) as qmp:
         own = viewers.own_display(qmp, node.name)
-    running = leaders(marked(node.lab.scope)).get(f"guest:{node.name}")
-    if not running:
+    processes = running(node.lab.scope).get(f"guest:{node.name}")
+    if not processes:
         raise UsageError(f"guest {node.name} does not run")
-    pidfd = os.pidfd_open(running[0].pid)
+    pidfd = os.pidfd_open(processes[0].pid)
     try:
         with viewers.listening(where) as listener:
             at = listener.getsockname()

@@ -13,18 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from netorch import disk_devices, nic_devices
+from netorch.disk_devices import Disk
 from netorch.resources import Guest, GuestNic
-
-# The set of descriptors through which QEMU opens the base image (docs: -add-fd).
-_BASE_SET = 1
-
-# The front-ends. No option ROM: nothing boots from the network, and loading one costs time.
-MODELS: dict[str, dict[str, object]] = {
-    "virtio-net-pci": {"driver": "virtio-net-pci", "romfile": ""},
-    # Linux's driver takes 2 s more until it has a carrier if it has to negotiate for one.
-    "e1000": {"driver": "e1000", "romfile": "", "autonegotiation": False},
-    "rtl8139": {"driver": "rtl8139", "romfile": ""},
-}
 
 # What no guest here uses, and what the firmware and the kernel would look for.
 _MACHINES = {"q35": "q35,sata=off,smbus=off,vmport=off", "pc": "pc,vmport=off"}
@@ -40,14 +31,6 @@ class Kernel(msgspec.Struct, frozen=True):
     kernel: Path
     initrd: Path
     cmdline: str
-
-
-class Disk(msgspec.Struct, frozen=True):
-    """A guest that boots from a qcow2 overlay; `base_fd` is the base image, open for reading."""
-
-    overlay: Path
-    base_fd: int
-    base_format: str
 
 
 class Descriptors(msgspec.Struct, frozen=True):
@@ -92,6 +75,11 @@ def argv(
     ]
 
 
+def needs_network(guest: Guest) -> bool:
+    """Whether QEMU itself opens connections or ports, in the network namespace that it runs in."""
+    return guest.vnc not in ("", "socket")
+
+
 def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
     """QMP, the serial console with its log, and the guest agent's channel."""
     yield from ("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off")
@@ -106,16 +94,8 @@ def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
 
 
 def _nic(index: int, nic: GuestNic, queues: Sequence[int]) -> Iterator[str]:
-    netdev: dict[str, object] = {"type": "tap", "id": f"net{index}"}
-    device = {**MODELS[nic.model], "netdev": f"net{index}", "mac": nic.mac}
-    if len(queues) == 1:
-        netdev["fd"] = str(queues[0])
-    else:
-        netdev["fds"] = ":".join(map(str, queues))
-        # An MSI-X vector for each direction of each queue, one for control, one for configuration.
-        device |= {"mq": True, "vectors": 2 * len(queues) + 2}
-    yield from _json("-netdev", netdev)
-    yield from _json("-device", device)
+    yield from _json("-netdev", nic_devices.netdev(index, queues))
+    yield from _json("-device", nic_devices.device(index, nic))
 
 
 def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
@@ -124,26 +104,10 @@ def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
 
 
 def _disk(boot: Disk) -> Iterator[str]:
-    """The overlay over the base. Formats are given: a guest may write any header into raw data."""
-    yield from ("-add-fd", f"fd={boot.base_fd},set={_BASE_SET}")
-    base: dict[str, object] = {
-        "driver": boot.base_format,
-        "node-name": "base",
-        "read-only": True,
-        "file": {"driver": "file", "filename": f"/dev/fdset/{_BASE_SET}", "read-only": True},
-    }
-    if boot.base_format == "qcow2":
-        base["backing"] = None  # an image that names another file does not get it opened
-    overlay: dict[str, object] = {
-        "driver": "qcow2",
-        "node-name": "disk",
-        "file": {"driver": "file", "filename": str(boot.overlay), "locking": "on"},
-        "backing": "base",
-        "discard": "unmap",
-    }
-    yield from _json("-blockdev", base)
-    yield from _json("-blockdev", overlay)
-    yield from _json("-device", {"driver": "virtio-blk-pci", "drive": "disk", "bootindex": 1})
+    yield from ("-add-fd", f"fd={boot.base_fd},set={disk_devices.BASE_SET}")
+    for node in disk_devices.blockdevs(boot):
+        yield from _json("-blockdev", node)
+    yield from _json("-device", disk_devices.device())
 
 
 def screen(guest: Guest) -> Iterator[str]:

@@ -15,6 +15,9 @@ from typing import ClassVar, Self
 
 import msgspec
 
+from netorch.guest_resources import Guest as Guest
+from netorch.guest_resources import GuestNic as GuestNic
+from netorch.guest_resources import Overlay as Overlay
 from netorch.resource import Resource as Resource
 
 
@@ -294,74 +297,6 @@ class DhcpClient(Resource, frozen=True):
         return f"DHCP client on {self.host} {self.device}"
 
 
-class Overlay(Resource, frozen=True):
-    """The disk of a guest with an image: a qcow2 file over it. `format` is the image's."""
-
-    guest: str
-    image: str
-    format: str
-
-    @property
-    def key(self) -> str:
-        return f"overlay:{self.guest}"
-
-    def describe(self) -> str:
-        return f"disk of {self.guest} over {self.image}"
-
-
-class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's NIC: the device that it sees (`model`, `mac`) and the tap behind it.
-
-    `tap` is "" where qemu-bridge-helper gives it one, on the bridge of somebody else's `bridge`.
-    """
-
-    mac: str
-    model: str
-    tap: str
-    queues: int = 1
-    bridge: str = ""
-
-
-class Guest(Resource, frozen=True):
-    """A running QEMU. `image` is `tiny` or an absolute path; `memory` is in MiB.
-
-    `vnc` is `socket`, for one in the run directory, or a display number on loopback, "" for none;
-    `video` is the display adapter, "" for none. `networks` are those whose services it waits
-    for. `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
-    """
-
-    live: ClassVar[frozenset[str]] = frozenset({"state"})
-    name: str
-    image: str
-    format: str
-    machine: str
-    accel: str
-    memory: int
-    cpus: int
-    nics: tuple[GuestNic, ...] = ()
-    networks: tuple[str, ...] = ()
-    vnc: str = ""
-    video: str = ""
-    state: str = "running"
-
-    @property
-    def key(self) -> str:
-        return f"guest:{self.name}"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        taps = (f"tap:{self.name}:{i}" for i, nic in enumerate(self.nics) if nic.tap)
-        disk = () if self.image == "tiny" else (f"overlay:{self.name}",)
-        services = (f"dnsmasq:{network}" for network in self.networks)
-        return ("record", "ruleset", *disk, *taps, *services)
-
-    def after_replace(self, needed: str) -> Self | None:
-        return None if needed.startswith(("tap:", "overlay:")) else self
-
-    def describe(self) -> str:
-        return f"guest {self.name} ({self.image}, {self.memory} MiB, {_count(self.cpus, 'cpu')})"
-
-
 AnyResource = (
     Record
     | Namespace
@@ -387,7 +322,3 @@ def decode(text: str | bytes) -> AnyResource:
     """The resource that `encode` wrote. Raises msgspec.DecodeError for anything else."""
     resource: AnyResource = msgspec.json.decode(text, type=AnyResource)
     return resource
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

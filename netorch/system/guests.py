@@ -13,53 +13,39 @@ its disk caches and quit, as its `quit` does, and needs no socket.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
-import socket
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from netorch.errors import ImageError, KernelError, MissingError, NetorchError
-from netorch.guests import Descriptors, Disk, Kernel, argv, vnc_socket
+from netorch.disk_devices import Disk
+from netorch.errors import ImageError, MissingError, NetorchError
+from netorch.guests import Descriptors, Kernel, argv, needs_network, vnc_socket
 from netorch.planner import Update
-from netorch.resources import Guest, GuestNic, Resource
+from netorch.resources import Guest, Resource
 from netorch.system import disks
 from netorch.system.accel import accelerator
-from netorch.system.bridge_helper import open_tap
-from netorch.system.processes import Child, Marked, end, leaders, marked, program, start
+from netorch.system.guest_processes import directory_of, end_guests, run_states, running
+from netorch.system.guest_taps import open_queues
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.scope import Scope
 from netorch.system.services import note_start
-from netorch.system.taps import (
-    DEVICE,
-    IFF_MULTI_QUEUE,
-    IFF_NO_PI,
-    IFF_TAP,
-    IFF_VNET_HDR,
-    IFREQ,
-    TUNSETIFF,
-)
+from netorch.system.starting import Child, Start, program, start_all
 from netorch.system.tiny import tiny_image
 
 QEMU = "qemu-system-x86_64"
 _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qemu-system-x86)"
 
-# Each guest takes two descriptors while it starts, and 1024 is the usual limit of a process.
-_AT_ONCE = 200
+# What guests that start side by side may have open: 1024 descriptors are the usual limit.
+_DESCRIPTORS = 800
+_EACH = 6  # three sockets, the connection, the base image and the process itself
 
 # How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
 _RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
-_UNREACHABLE = "unreachable"
 _SEVERAL = "running more than once"
-
-_RTMGRP_LINK = 1
-_BUSY_SECONDS = 3.0  # the kernel tells of a lost carrier within one second
 
 
 class _Started(NamedTuple):
@@ -78,9 +64,9 @@ class Guests:
         self._progress = progress
 
     def observe(self) -> Iterable[Guest]:
-        found = _running(self._scope)
+        found = running(self._scope)
         guests = {key: processes[0].resource for key, processes in found.items()}
-        states = _states(self._scope, [g.name for g in guests.values() if isinstance(g, Guest)])
+        states = run_states(self._scope, [g.name for g in guests.values() if isinstance(g, Guest)])
         for key, guest in guests.items():
             assert isinstance(guest, Guest)
             state = states[guest.name] if len(found[key]) == 1 else _SEVERAL
@@ -104,8 +90,8 @@ class Guests:
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
         errors: list[NetorchError] = []
-        for first in range(0, len(guests), _AT_ONCE):
-            self._create(guests[first : first + _AT_ONCE], done, errors)
+        for batch in _batches(guests):
+            self._create(batch, done, errors)
         if errors:
             raise errors[0]
 
@@ -114,22 +100,24 @@ class Guests:
         for change in wanted:
             if change not in again and isinstance(change.new, Guest):
                 with Qmp(
-                    _directory(self._scope, change.new.name) / "qmp.sock", change.new.name
+                    directory_of(self._scope, change.new.name) / "qmp.sock", change.new.name
                 ) as qmp:
                     qmp.ready()
                     qmp.ask(_RESUME[_state(change.old)])
                 done(change.new)
         if again:
-            found = _running(self._scope)
-            end(self._scope, [p for change in again for p in found.get(change.new.key, ())])
+            found = running(self._scope)
+            end_guests(self._scope, [p for change in again for p in found.get(change.new.key, ())])
             self.create([change.new for change in again], done)
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        found = _running(self._scope)
-        end(self._scope, [p for guest in unwanted for p in found.get(guest.key, ())])
+        found = running(self._scope)
+        end_guests(self._scope, [p for guest in unwanted for p in found.get(guest.key, ())])
         for guest in unwanted:
             assert isinstance(guest, Guest)
-            directory = _directory(self._scope, guest.name)
+            directory = directory_of(self._scope, guest.name)
+            # First: from here on the keeper has nothing to write there.
+            (directory / "process").unlink(missing_ok=True)
             if directory.exists():
                 shutil.rmtree(directory)
             done(guest)
@@ -159,9 +147,18 @@ class Guests:
             raise MissingError(f"{QEMU} is not installed", _INSTALL_QEMU)
         note_start(self._scope, [guest.key for guest in guests])
         started = []
-        for guest in guests:
-            with _collected(errors):
-                started.append(self._start(qemu, guest))
+        with contextlib.ExitStack() as opened:
+            prepared = []
+            for guest in guests:
+                with _collected(errors):
+                    prepared.append(self._prepare(qemu, guest, opened))
+            children = start_all(self._scope, [start for _guest, _qmp, start in prepared])
+            for (guest, qmp, _start), child in zip(prepared, children, strict=True):
+                if isinstance(child, Child):
+                    started.append(_Started(guest, child, qmp))
+                else:
+                    qmp.close()
+                    errors.append(child)
         greeted = []
         for process in started:
             with _collected(errors):
@@ -175,39 +172,34 @@ class Guests:
                 process.child.close()
                 done(process.guest)
 
-    def _start(self, qemu: str, guest: Guest) -> _Started:
-        directory = _directory(self._scope, guest.name)
+    def _prepare(
+        self, qemu: str, guest: Guest, opened: contextlib.ExitStack
+    ) -> tuple[Guest, Qmp, Start]:
+        """Open what QEMU is to inherit, and connect to the socket that it will answer at."""
+        directory = directory_of(self._scope, guest.name)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         relative = directory.relative_to(self._scope.run)
-        with contextlib.ExitStack() as opened:
-            qmp_fd, serial_fd, agent_fd = (
-                opened.enter_context(listen(directory / f"{name}.sock")).fileno()
-                for name in ("qmp", "serial", "agent")
-            )
-            taps = tuple(
-                tuple(_open_tap(self._scope, nic, guest.name, opened)) for nic in guest.nics
-            )
-            boot = self._boot(guest, opened)
-            qmp = Qmp(directory / "qmp.sock", guest.name)
-            accel = accelerator() if guest.accel == "auto" else guest.accel
-            fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
-            words = argv(
-                guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
-            )
-            try:
-                child = start(
-                    self._scope,
-                    guest,
-                    words,
-                    log=directory / "qemu.log",
-                    pass_fds=_numbers(fds, boot),
-                    capabilities=(),
-                    daemon=True,
-                )
-            except KernelError:
-                qmp.close()
-                raise
-        return _Started(guest, child, qmp)
+        qmp_fd, serial_fd, agent_fd = (
+            opened.enter_context(listen(directory / f"{name}.sock")).fileno()
+            for name in ("qmp", "serial", "agent")
+        )
+        taps = tuple(tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics)
+        boot = self._boot(guest, opened)
+        accel = accelerator() if guest.accel == "auto" else guest.accel
+        fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
+        words = argv(
+            guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
+        )
+        start = Start(
+            guest,
+            words,
+            log=directory / "qemu.log",
+            pass_fds=_numbers(fds, boot),
+            capabilities=(),
+            apart=not needs_network(guest),
+            kept=directory,
+        )
+        return guest, Qmp(directory / "qmp.sock", guest.name), start
 
     def _boot(self, guest: Guest, opened: contextlib.ExitStack) -> Kernel | Disk:
         if guest.image == "tiny":
@@ -219,35 +211,8 @@ class Guests:
         return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
 
 
-def _directory(scope: Scope, guest: str) -> Path:
-    return scope.run / "guests" / guest
-
-
-def _running(scope: Scope) -> dict[str, list[Marked]]:
-    """The lab's QEMU processes by key."""
-    found = leaders(marked(scope))
-    return {key: processes for key, processes in found.items() if key.startswith("guest:")}
-
-
 def _state(resource: Resource) -> str:
     return resource.state if isinstance(resource, Guest) else ""
-
-
-def _states(scope: Scope, names: Sequence[str]) -> Mapping[str, str]:
-    """The run state of each guest. All are asked before the first answer is awaited."""
-    states = {}
-    with contextlib.ExitStack() as opened:
-        asked = {}
-        for name in names:
-            states[name] = _UNREACHABLE
-            with contextlib.suppress(QmpError, FileNotFoundError):
-                asked[name] = opened.enter_context(Qmp(_directory(scope, name) / "qmp.sock", name))
-                asked[name].send("query-status")
-        for name, qmp in asked.items():
-            with contextlib.suppress(QmpError):
-                qmp.ready()
-                states[name] = qmp.answer("query-status")["status"]
-    return states
 
 
 def _await_greeting(started: _Started) -> None:
@@ -264,53 +229,18 @@ def _await_greeting(started: _Started) -> None:
         raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
 
 
-def _open_tap(
-    scope: Scope, nic: GuestNic, guest: str, opened: contextlib.ExitStack
-) -> Iterator[int]:
-    """A descriptor for each queue of the tap. Raises KernelError."""
-    if nic.bridge:
-        fd = open_tap(scope, nic.bridge, scope.run / "bridge-helper.log")
-        opened.callback(os.close, fd)
-        yield fd
-        return
-    # All flags but IFF_MULTI_QUEUE are taken over from who opens the tap (drivers/net/tun.c,
-    # tun_set_iff).
-    flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if nic.queues > 1 else 0)
-    if nic.tap not in (name for _index, name in socket.if_nameindex()):  # TUNSETIFF would make one
-        reason = os.strerror(errno.ENODEV)
-        raise KernelError(f"failed to open tap {nic.tap} for guest {guest}: {reason}", errno.ENODEV)
-    try:
-        for _queue in range(nic.queues):
-            fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-            opened.callback(os.close, fd)
-            _attach(fd, IFREQ.pack(nic.tap.encode(), flags))
-            yield fd
-    except OSError as error:
-        raise KernelError(
-            f"failed to open tap {nic.tap} for guest {guest}: {error.strerror}", error.errno or 0
-        ) from error
-
-
-def _attach(fd: int, request: bytes) -> None:
-    """TUNSETIFF; while the tap is busy, wait for news of links and try again.
-
-    A QEMU that was killed lets go of its taps only after it has ceased to be seen (kernel/exit.c,
-    do_exit: exit_mm comes before exit_files).
-    """
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
-        events.bind((0, _RTMGRP_LINK))
-        deadline = time.monotonic() + _BUSY_SECONDS
-        while True:
-            try:
-                fcntl.ioctl(fd, TUNSETIFF, request)
-                return
-            except OSError as error:
-                left = deadline - time.monotonic()
-                if error.errno != errno.EBUSY or left <= 0:
-                    raise
-            events.settimeout(left)
-            with contextlib.suppress(TimeoutError):
-                events.recv(65536)
+def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
+    batch: list[Guest] = []
+    left = _DESCRIPTORS
+    for guest in guests:
+        needed = _EACH + sum(nic.queues for nic in guest.nics)
+        if batch and needed > left:
+            yield batch
+            batch, left = [], _DESCRIPTORS
+        batch.append(guest)
+        left -= needed
+    if batch:
+        yield batch
 
 
 def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:

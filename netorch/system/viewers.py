@@ -69,13 +69,11 @@ def hand_over(listener: socket.socket, qmp: Path, guest: str, pidfd: int) -> Non
 @contextmanager
 def _at_path(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as listener:
-        before = os.umask(0o177)
+        os.fchmod(listener.fileno(), 0o600)  # the mode of the file that bind makes
         try:
             listener.bind(str(path))
         except OSError as error:
             raise _refused(str(path), error) from error
-        finally:
-            os.umask(before)
         try:
             listener.listen()
             yield listener

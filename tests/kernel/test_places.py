@@ -19,8 +19,8 @@ import pytest
 from netorch.errors import ConflictError, MissingError, NetorchError
 from netorch.system import namespaces, place_birth, places, uplinks
 from netorch.system.places import Place, Uplink
-from netorch.system.processes import program
 from netorch.system.scope import current_place
+from netorch.system.starting import program
 
 from .machine import FAR, FAR_ADDRESS, PREFIX, on_a_machine, run, run_forked
 

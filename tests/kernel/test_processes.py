@@ -12,8 +12,9 @@ import pytest
 from netorch.errors import KernelError
 from netorch.resources import DhcpClient
 from netorch.system.capabilities import NET_ADMIN, NET_RAW
-from netorch.system.processes import Child, end, leaders, marked, start
+from netorch.system.processes import end, leaders, marked
 from netorch.system.scope import Scope
+from netorch.system.starting import Child, start
 from tests.isolation import make_host
 
 CLIENT = DhcpClient(host="server", device="eth0")

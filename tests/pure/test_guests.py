@@ -8,8 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from netorch.guests import MODELS, Descriptors, Disk, Kernel, argv
+from netorch.disk_devices import Disk
+from netorch.guests import Descriptors, Kernel, argv
 from netorch.model import Model
+from netorch.nic_devices import MODELS
 from netorch.resources import Guest
 from tests.guest_shapes import SHAPES, guest, nic
 

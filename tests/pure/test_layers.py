@@ -30,11 +30,12 @@ LAYERS = (
     {"planner"},
     {"compiler", "junit"},
     {"expectations"},
-    {"addresses", "networks", "guests", "topology", "schema", "keys", "png"},
+    {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"}
+    | {"keys", "png"},
     {"topology_checks", "topology_clashes", "topology_expect", "topology_shape"}
     | {"topology_values", "toml_lines"},
     {"state"},
-    {"resources", "resource", "facts", "names"},
+    {"resources", "guest_resources", "resource", "facts", "names"},
     {"model"},
     {"errors", "__init__"},
 )
