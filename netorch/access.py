@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from netorch.errors import ReadyError, UsageError
+from netorch.guests import vnc_socket
 from netorch.labs import intended
 from netorch.nodes import Node, find
 from netorch.resources import Guest
@@ -166,9 +167,9 @@ def _ssh(node: Node, user: str) -> list[str]:
 
 
 def _where(node: Node, display: str) -> str:
-    """QEMU's own display in words: a path is from QEMU's directory, the lab's."""
-    if ":" not in display:
-        return str(node.lab.run / display)
+    """QEMU's own display in words; "" is its Unix socket."""
+    if not display:
+        return str(node.lab.run / vnc_socket(node.name))
     return f"{display} in the lab's own namespace" if node.lab.place.private else display
 
 

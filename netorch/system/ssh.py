@@ -21,8 +21,8 @@ from typing import NoReturn
 
 from netorch.errors import MissingError, NetorchError
 from netorch.system.copying import PIECE
-from netorch.system.processes import program
 from netorch.system.qmp import Completed
+from netorch.system.starting import program
 
 _CONNECT_SECONDS = 5.0
 _SSH_FAILED = 255  # ssh(1), EXIT STATUS

@@ -20,12 +20,11 @@ _DISPLAYS = 100
 
 
 def own_display(qmp: Qmp, guest: str) -> str:
-    """Where QEMU itself listens: HOST:PORT, or the path of a socket. Raises UsageError."""
+    """Where QEMU itself listens: HOST:PORT, or "" for its Unix socket. Raises UsageError."""
     found = qmp.ask("query-vnc")
     if not found["enabled"]:  # add_client would say nothing then, and keep the viewer waiting
         raise UsageError(f"guest {guest} has no VNC display", "write `vnc = true` in its table")
-    host = str(found["host"])
-    return host if found["family"] == "unix" else f"{host}:{found['service']}"
+    return "" if found["family"] == "unix" else f"{found['host']}:{found['service']}"
 
 
 @contextmanager
