@@ -110,6 +110,7 @@ def _in_guest(node: Node, command: Sequence[str], seconds: float | None) -> int:
             raise MissingError(f"{command[0]}: not found in guest {node.name}") from error
         raise
     sys.stdout.buffer.write(done.out)
+    sys.stdout.flush()
     sys.stderr.buffer.write(done.err)
     if done.cut:
         raise NetorchError(CUT, CUT_HINT)
