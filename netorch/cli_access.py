@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-LAB_OPTION = click.option("--lab", help="The lab, where more than one runs.")
+from netorch.cli_options import LAB_OPTION
 
 
 @click.command()

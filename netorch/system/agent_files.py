@@ -86,7 +86,7 @@ class AgentFiles:
         self._connect()
 
     def _connect(self) -> None:
-        self._agent = Agent(self._path, self.guest, SECONDS)
+        self._agent = Agent(self._path, self.guest, each=SECONDS)
         self._since = time.monotonic()
 
 

@@ -191,13 +191,14 @@ class Qmp(_Lines):
 class Agent(_Lines):
     """A session with the agent inside a guest."""
 
-    def __init__(self, path: Path, guest: str, seconds: float = _AGENT_SECONDS) -> None:
-        """Connect and synchronize. `seconds` are for each request once the agent has answered.
-
-        Raises UsageError without guest, ReadyError without agent.
+    def __init__(
+        self, path: Path, guest: str, seconds: float = _AGENT_SECONDS, each: float | None = None
+    ) -> None:
+        """Connect and synchronize, within `seconds`, which are for each later request too unless
+        `each` says otherwise. Raises UsageError without guest, ReadyError without agent.
         """
         try:
-            client = connect(path, _AGENT_SECONDS)
+            client = connect(path, seconds)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise UsageError(f"guest {guest} does not run") from error
         super().__init__(client, f"the guest agent of {guest}")
@@ -213,7 +214,7 @@ class Agent(_Lines):
                 f"the guest agent of {guest} does not answer",
                 "the guest may still be booting; an image of your own needs qemu-guest-agent",
             ) from error
-        client.settimeout(seconds)
+        client.settimeout(each or seconds)
 
     def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         self.send(command, arguments)
@@ -276,7 +277,7 @@ def agent_exec(
     seconds: float | None = None,
 ) -> Completed:
     """As `Agent.run`, over a connection of its own. Raises UsageError, ReadyError, QmpError."""
-    with Agent(agent_path(scope, guest), guest, SECONDS) as agent:
+    with Agent(agent_path(scope, guest), guest, each=SECONDS) as agent:
         return agent.run(argv, input, seconds)
 
 
