@@ -56,10 +56,10 @@ def combination(text: str, known: Set[str]) -> Combination:
         if key not in known:
             from difflib import get_close_matches
 
-            near = get_close_matches(key, [*known, *_ALSO], 3)
+            near = get_close_matches(key, [*known, *_ALSO], 1)
             raise UsageError(
                 f"there is no key {key!r}" + (f" in {text!r}" if key != text else ""),
-                f"perhaps {' or '.join(near)}" if near else "QEMU's names, such as ret, f1, ctrl-c",
+                f"perhaps {near[0]}" if near else "QEMU's names, such as ret, f1, ctrl-c",
             )
     return keys
 
