@@ -41,7 +41,8 @@ SHAPES = {
     "rtl8139": guest(nics=(nic(1, "rtl8139"),)),
     "three-models": guest(nics=(nic(1), nic(2, "e1000"), nic(3, "rtl8139"))),
     "multi-queue": guest(cpus=2, nics=(nic(1, queues=QUEUES),)),
-    "vnc": guest(vnc=3, nics=()),
+    "vnc": guest(vnc="3", video="VGA", nics=()),
+    "vnc-socket": guest(vnc="socket", video="virtio-vga", nics=()),
     "qcow2": guest(image="/images/base.img", disks=(image_disk("qcow2"),)),
     "raw": guest(image="/images/base.img", disks=(image_disk("raw"),), machine="pc"),
 }

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import msgspec
 
 from netorch.errors import ImageError, MissingError, NetorchError
-from netorch.guests import Descriptors, Kernel, argv, needs_network
+from netorch.guests import Descriptors, Kernel, argv, needs_network, vnc_socket
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
 from netorch.system import disk_checks
@@ -150,6 +150,8 @@ class Guests:
         for process in greeted:
             with _collected(errors), process.qmp:
                 process.qmp.ask("cont")
+                if process.guest.vnc == "socket":  # QEMU made it, by the person's umask
+                    (self._scope.run / vnc_socket(process.guest.name)).chmod(0o600)
                 process.child.close()
                 done(process.guest)
 
@@ -191,7 +193,8 @@ class Guests:
         if guest.image != "tiny":
             return None
         tiny = tiny_image(self._progress)
-        return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline)
+        kernel = tiny.vmlinuz if guest.video else tiny.kernel
+        return Kernel(kernel, tiny.initrd, tiny.cmdline)
 
 
 def _state(resource: Resource) -> str:
