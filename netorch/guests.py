@@ -70,10 +70,11 @@ def argv(
         *(() if guest.image == "tiny" and accel == "tcg" else ("-cpu", _CPUS[accel])),
         *("-smp", f"cpus={guest.cpus}", "-m", f"size={guest.memory}M"),
         *_character_devices(fds, log),
+        *(word for port in nic_devices.ports(guest.ports) for word in _json("-device", port)),
         *(
             word
             for index, nic in enumerate(guest.nics)
-            for word in _nic(index, nic, fds.taps[index])
+            for word in _nic(index, nic, fds.taps[index], guest.port_of(index))
         ),
         *(_kernel(guest, kernel) if kernel else ()),
         *_disks(guest, fds.disks),
@@ -106,9 +107,11 @@ def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
     yield from ("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off")
 
 
-def _nic(index: int, nic: GuestNic, queues: Sequence[int]) -> Iterator[str]:
-    yield from _json("-netdev", nic_devices.netdev(index, queues))
-    yield from _json("-device", nic_devices.device(index, nic))
+def _nic(index: int, nic: GuestNic, queues: Sequence[int], port: str) -> Iterator[str]:
+    plugged = nic_devices.Plugged(nic=nic, index=index, port=port)
+    yield from _json("-object", nic_devices.spec(plugged))
+    yield from _json("-netdev", nic_devices.netdev(nic, queues))
+    yield from _json("-device", nic_devices.device(nic, port))
 
 
 def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:

@@ -125,6 +125,7 @@ class Nic(_Table, frozen=True):
     mac: Mac | None = None
     queues: Annotated[int, Meta(ge=1, le=256)] = 1
     tap: Interface | None = None
+    link: Literal["up", "down"] = "up"
 
 
 class HostNic(_Table, frozen=True):
@@ -170,6 +171,7 @@ class Guest(_Table, frozen=True):
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
     machine: Literal["q35", "pc"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
+    ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for NICs that come and go: 4 on q35
     vnc: bool | Annotated[int, Meta(ge=0, le=59635)] = False
     video: Literal["VGA", "virtio-vga"] | None = None
     nics: tuple[Nic, ...] = ()
