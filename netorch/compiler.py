@@ -12,6 +12,7 @@ import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
+from netorch.guest_disks import disks_of, storage_of
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
 from netorch.names import bridge_name, tap_name, tap_names, veth_name
 from netorch.networks import (
@@ -30,7 +31,6 @@ from netorch.resources import (
     Forwarding,
     GuestNic,
     Namespace,
-    Overlay,
     Record,
     Resource,
     Tap,
@@ -96,8 +96,7 @@ class _Compiler:
             if segment.gateway and (segment.dhcp_first or segment.dns):
                 yield self._dnsmasq(segment)
         for name, guest in self.topology.guests.items():
-            if guest.image != "tiny":
-                yield Overlay(guest=name, image=guest.image, format=self._format(guest))
+            yield from storage_of(name, guest, disks_of(guest, self.facts.formats))
             yield self._guest(name, guest)
 
     def _bridge(self, name: str, segment: Segment) -> Bridge:
@@ -289,7 +288,6 @@ class _Compiler:
         return RunningGuest(
             name=name,
             image=guest.image,
-            format=self._format(guest),
             machine=guest.machine,
             accel=guest.accel,
             memory=memory_mib(guest.memory),
@@ -304,18 +302,10 @@ class _Compiler:
                 )
                 for index, nic in enumerate(guest.nics)
             ),
+            disks=disks_of(guest, self.facts.formats),
             networks=tuple(served),
             vnc=_display(guest),
             video=guest.video or ("" if guest.vnc is False else "VGA"),
-        )
-
-    def _format(self, guest: Guest) -> str:
-        if guest.image == "tiny":
-            return ""
-        return (
-            self.facts.formats.get(guest.image, guest.format)
-            if guest.format == "auto"
-            else guest.format
         )
 
 

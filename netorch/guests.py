@@ -1,8 +1,9 @@
 """QEMU's command line for a guest: pure rendering.
 
 Whatever QEMU has to open is opened by netorch and handed over as a descriptor: taps, the listening
-sockets of QMP, serial console and guest agent, and the base image. So QEMU needs no capability and
-no path of the person's own, and who connects to a socket need not wait until QEMU has made it.
+sockets of QMP, serial console and guest agent, and the files behind disks. So QEMU needs no
+capability and no path of the person's own, and who connects to a socket need not wait until QEMU
+has made it.
 Options that hold values of the person's are JSON where QEMU takes JSON: no comma in a value can
 become an option. The guest starts stopped (-S); netorch lets it run by QMP when all is in place.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from netorch import disk_devices, nic_devices
-from netorch.disk_devices import Disk
+from netorch.disk_devices import Source
 from netorch.resources import Guest, GuestNic
 
 # What no guest here uses, and what the firmware and the kernel would look for.
@@ -34,18 +35,29 @@ class Kernel(msgspec.Struct, frozen=True):
 
 
 class Descriptors(msgspec.Struct, frozen=True):
-    """What QEMU inherits: listening Unix sockets, and for each NIC one tap descriptor a queue."""
+    """What QEMU inherits: listening Unix sockets, for each NIC one tap descriptor a queue, and for
+    each disk its files (`netorch.disk_devices.blockdevs`).
+    """
 
     qmp: int
     serial: int
     agent: int
     taps: tuple[tuple[int, ...], ...] = ()
+    disks: tuple[tuple[Source, ...], ...] = ()
+
+    def numbers(self) -> list[int]:
+        """All of them."""
+        queues = [fd for tap in self.taps for fd in tap]
+        files = [source.fd for disk in self.disks for source in disk]
+        return [self.qmp, self.serial, self.agent, *queues, *files]
 
 
 def argv(
-    guest: Guest, *, program: str, accel: str, boot: Kernel | Disk, fds: Descriptors, log: str
+    guest: Guest, *, program: str, accel: str, kernel: Kernel | None, fds: Descriptors, log: str
 ) -> list[str]:
-    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's."""
+    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's.
+    Without a `kernel` the guest boots from a disk.
+    """
     return [
         *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-S"),
@@ -63,7 +75,8 @@ def argv(
             for index, nic in enumerate(guest.nics)
             for word in _nic(index, nic, fds.taps[index])
         ),
-        *(_kernel(guest, boot) if isinstance(boot, Kernel) else _disk(boot)),
+        *(_kernel(guest, kernel) if kernel else ()),
+        *_disks(guest, fds.disks),
         *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
         *_json("-device", {"driver": "virtio-rng-pci", "rng": "rng"}),
         *_json("-device", {"driver": "virtio-serial-pci", "id": "ports"}),
@@ -103,11 +116,9 @@ def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
     yield from ("-append", f"{boot.cmdline} netorch.hostname={guest.name}")
 
 
-def _disk(boot: Disk) -> Iterator[str]:
-    yield from ("-add-fd", f"fd={boot.base_fd},set={disk_devices.BASE_SET}")
-    for node in disk_devices.blockdevs(boot):
-        yield from _json("-blockdev", node)
-    yield from _json("-device", disk_devices.device())
+def _disks(guest: Guest, sources: Sequence[Sequence[Source]]) -> Iterator[str]:
+    for option, value in disk_devices.options(guest.disks, sources):
+        yield from (option, value) if isinstance(value, str) else _json(option, value)
 
 
 def screen(guest: Guest) -> Iterator[str]:
