@@ -4,10 +4,10 @@ They are derived from names, by hash; where two names hash to the same value, th
 first in the file keeps it. So adding something to a file does not move what was there before.
 """
 
-import hashlib
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
+from netorch.digests import blake2s
 from netorch.errors import ConflictError
 from netorch.facts import Facts
 from netorch.model import Dhcp, HostNic, Network, Nic, Topology
@@ -124,7 +124,7 @@ class Macs:
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2s(text.encode()).digest()
+    return blake2s(text)
 
 
 def uplink_subnet(topology: Topology) -> str:

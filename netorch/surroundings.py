@@ -13,10 +13,10 @@ from netorch.model import Topology
 
 def with_names(facts: Facts, topology: Topology) -> Facts:
     """Add what the file's own words refer to: users' ids and images' formats."""
-    from netorch.system.disks import image_format
-
     formats: dict[str, str] = {}
     for image in (g.image for g in topology.guests.values() if g.image != "tiny"):
+        from netorch.system.disks import image_format
+
         with contextlib.suppress(ImageError):  # the guests' adapter names all that can't be read
             formats[image] = image_format(Path(image))
     owners = {taps.owner for taps in topology.taps.values() if isinstance(taps.owner, str)}

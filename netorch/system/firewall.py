@@ -8,11 +8,11 @@ someone (or netorch was killed before the seal, or libnftables prints differentl
 its digest is then "", and the next apply replaces it.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
+from netorch.digests import sha256
 from netorch.errors import NetorchError
 from netorch.planner import Update
 from netorch.resources import Forwarding, Resource, Ruleset
@@ -145,4 +145,4 @@ def refusals() -> list[tuple[str, str, str]]:
 
 
 def _hash(listing: str) -> str:
-    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+    return sha256(listing)[:16]

@@ -26,11 +26,11 @@ find_new_reaper), and ours, outside of a private place, may be one that never re
 """
 
 import errno
-import logging
 import os
 import select
 import signal
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +49,6 @@ _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 # How many processes are ended at once: each takes a descriptor, and 1024 is the usual limit.
 _AT_ONCE = 256
 _KILL_SECONDS = 10.0
-
-_log = logging.getLogger(__name__)
 
 
 class Marked(NamedTuple):
@@ -124,10 +122,7 @@ def start(
     run it in, `cwd` defaults to the run directory. A `daemon` becomes a child of the init of the
     lab's PID namespace. Raises KernelError.
     """
-    if _log.isEnabledFor(logging.INFO):
-        import shlex
-
-        _log.info("start: %s", shlex.join(argv))
+    _log(argv)
     opened: list[int] = []
     try:
         output = _open(opened, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -224,6 +219,15 @@ def end(scope: Scope, processes: Sequence[Marked], grace: float = 5.0) -> None:
                 os.close(fd)
 
 
+def _log(argv: Sequence[str]) -> None:
+    """Log the command line, where somebody listens: who does has imported `logging` before."""
+    if "logging" in sys.modules:
+        import logging
+        import shlex
+
+        logging.getLogger(__name__).info("start: %s", shlex.join(argv))
+
+
 def _open(opened: list[int], path: Path, flags: int) -> int:
     opened.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
     return opened[-1]
@@ -309,7 +313,9 @@ def _decoded(text: bytes) -> AnyResource | None:
     try:
         return decode(text)
     except msgspec.DecodeError as error:
-        _log.warning("a process of another version of netorch: %s", error)
+        import logging
+
+        logging.getLogger(__name__).warning("a process of another version of netorch: %s", error)
         return None
 
 
