@@ -23,8 +23,9 @@ from netorch.planner import Plan, diff
 from netorch.resources import Resource, Ruleset
 from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, with_names
-from netorch.system import Adapter, System, confirmation, rundir
+from netorch.system import System, confirmation, rundir
 from netorch.system.confirmation import Pending, Watchdog
+from netorch.system.look import Look
 from netorch.system.places import (
     Place,
     create_private,
@@ -85,28 +86,9 @@ def machine(
     """The adapters of all resources, or of `only` these, over the namespaces that this process is
     in.
     """
-    from netorch.system.bridge_uplinks import BridgeUplinks
-    from netorch.system.disks import Overlays
-    from netorch.system.firewall import Firewall
-    from netorch.system.guests import Guests
-    from netorch.system.hosts import Hosts
-    from netorch.system.links import Links
-    from netorch.system.services import DhcpClients, Dnsmasqs
+    from netorch.system.adapters import adapters
 
-    adapters: list[Adapter] = [
-        rundir.Records(scope),
-        Hosts(scope),
-        Links(scope),
-        BridgeUplinks(scope, warn),
-        Firewall(scope),
-        Dnsmasqs(scope),
-        DhcpClients(scope),
-        Overlays(scope),
-        Guests(scope, report),
-    ]
-    if only is not None:
-        adapters = [adapter for adapter in adapters if not only.isdisjoint(adapter.kinds)]
-    return System(adapters)
+    return System(scope, adapters(scope, report, warn, only))
 
 
 def apply(
@@ -190,8 +172,8 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     lab = lab_of(name, place)
     if place.private:
         enter(place)
-    system = machine(lab.scope)
-    todo = diff(_desired(lab, topology, source), system.observe())
+    system, look = machine(lab.scope), Look(lab.scope)
+    todo = diff(_desired(lab, topology, source, look), system.observe(look))
     engine.check(system, todo)
     return Outcome(name, place, todo)
 
@@ -206,11 +188,12 @@ def status(lab: Lab) -> Standing:
 
 def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     """As `status`, in a process that is in the lab's place."""
-    observed = machine(lab.scope).observe()
+    look = Look(lab.scope)
+    observed = machine(lab.scope).observe(look)
     record = rundir.recorded(lab.run)
     if record is None:
         return Standing(lab, None, observed, waiting)
-    return Standing(lab, _desired(lab, topology_of(record), record.source), observed, waiting)
+    return Standing(lab, _desired(lab, topology_of(record), record.source, look), observed, waiting)
 
 
 def intended(lab: Lab) -> tuple[Topology, State]:
@@ -256,11 +239,12 @@ def _apply_here(
     watchdog: Watchdog | None = None,
     fresh: bool = False,
 ) -> Plan:
+    look = Look(lab.scope)
     if fresh and lab.place.uplink == "none":
         facts = with_names(Facts(), topology)  # there is nothing but lo
         desired = compile(topology, facts, lab.run, lab.scope.table, source)
     else:
-        desired = _desired(lab, topology, source)
+        desired = _desired(lab, topology, source, look)
 
     def ready(plan: Plan) -> None:
         if watchdog is not None:
@@ -276,7 +260,8 @@ def _apply_here(
 
     only = {type(resource) for resource in desired} if fresh else None
     adapters = machine(lab.scope, progress.waiting, progress.warn, only)
-    return engine.apply(adapters, desired, progress, ready, EMPTY if fresh else None)
+    observed = EMPTY if fresh else adapters.observe(look)
+    return engine.apply(adapters, desired, progress, ready, observed)
 
 
 def _outside(name: str, run: Path) -> Scope:
@@ -295,10 +280,10 @@ def _create_private(topology: Topology, run: Path) -> Place:
         raise
 
 
-def _desired(lab: Lab, topology: Topology, source: str) -> State:
+def _desired(lab: Lab, topology: Topology, source: str, look: Look | None = None) -> State:
     from netorch.system.facts import observe_facts
 
-    observed = observe_facts(lab.scope, named_interfaces(topology))
+    observed = observe_facts(lab.scope, named_interfaces(topology), look)
     helper = needs_no_rights(topology) and not has_net_admin()
     facts = with_names(msgspec.structs.replace(observed, helper=helper), topology)
     return compile(topology, facts, lab.run, lab.scope.table, source)

@@ -89,7 +89,7 @@ class Overlays:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[Overlay]:
+    def observe(self, look: object = None) -> Iterable[Overlay]:
         for path in sorted(self._scope.disks.glob("*.qcow2")):
             image, image_format = backing(path)
             yield Overlay(guest=path.stem, image=image, format=image_format)

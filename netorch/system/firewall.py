@@ -48,7 +48,7 @@ class Firewall:
     def _claims(self) -> Claims:
         return Claims(self._lab, self._nft)
 
-    def observe(self) -> Iterable[Resource]:
+    def observe(self, look: object = None) -> Iterable[Resource]:
         if not may_change_links():
             return  # who may not see tables has made none
         tables = self._nft.tables()

@@ -62,7 +62,7 @@ class Guests:
         self._scope = scope
         self._progress = progress
 
-    def observe(self) -> Iterable[Guest]:
+    def observe(self, look: object = None) -> Iterable[Guest]:
         found = running(self._scope)
         guests = {key: processes[0].resource for key, processes in found.items()}
         states = run_states(self._scope, [g.name for g in guests.values() if isinstance(g, Guest)])

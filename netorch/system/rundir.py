@@ -132,7 +132,7 @@ class Records:
     def __init__(self, scope: Scope) -> None:
         self._run = scope.run
 
-    def observe(self) -> Iterable[Resource]:
+    def observe(self, look: object = None) -> Iterable[Resource]:
         record = recorded(self._run)
         return [record] if record else []
 
