@@ -5,11 +5,14 @@ observation and goes with it: whoever changes something afterwards takes a new o
 """
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from netorch.system.netlink import Netlink
-from netorch.system.processes import Marked, leaders, marked
 from netorch.system.scope import Scope
 from netorch.system.snapshot import Route, Snapshot, routes
+
+if TYPE_CHECKING:
+    from netorch.system.processes import Marked
 
 
 class Look:
@@ -19,8 +22,10 @@ class Look:
         self._scope = scope
 
     @cached_property
-    def processes(self) -> dict[str, list[Marked]]:
+    def processes(self) -> "dict[str, list[Marked]]":
         """The lab's processes by the key of their resource, without children."""
+        from netorch.system.processes import leaders, marked  # ctypes
+
         return leaders(marked(self._scope))
 
     def has_process(self, kind: str) -> bool:

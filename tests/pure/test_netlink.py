@@ -226,8 +226,6 @@ def test_an_extended_answer_goes_into_the_reason() -> None:
 
 
 def test_observing_needs_no_pyroute2() -> None:
-    import subprocess
-
     code = "import sys, netorch.system.links, netorch.system.facts; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for name in ("pyroute2", "asyncio", "ctypes", "subprocess"):
