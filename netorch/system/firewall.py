@@ -64,7 +64,7 @@ class Firewall:
                 reasons.append(f"there is no interface {resource.name} to leave by")
             if isinstance(resource, Ruleset):
                 try:
-                    self._nft.check(self._script(resource), f"load table inet {self._table}")
+                    self._nft.check(self._table, resource.text, f"load table inet {self._table}")
                 except NetorchError as error:
                     hint = f"; {error.hint}" if error.hint else ""
                     reasons.append(f"{error.message}{hint}")
