@@ -6,8 +6,9 @@ apply fails that made it, destroyed after everything else: it is the one thing t
 from inside.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,8 +20,8 @@ from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError
 from netorch.facts import Facts
 from netorch.model import Topology
-from netorch.planner import Plan, diff
-from netorch.resources import Resource, Ruleset
+from netorch.planner import Action, Plan, diff
+from netorch.resources import DhcpClient, Guest, Resource, Ruleset
 from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, with_names
 from netorch.system import System, confirmation, rundir
@@ -43,6 +44,10 @@ from netorch.whereabouts import lab_of, note_place, place_for, refuse_a_twin, ru
 from netorch.whereabouts import labs as labs
 from netorch.whereabouts import topology_of as topology_of
 
+if TYPE_CHECKING:
+    from netorch.system.endings import Ending
+    from netorch.system.readiness import Readiness
+
 
 class Outcome(msgspec.Struct, frozen=True):
     """What `apply` or `plan` found: the plan (done or to do) and the place."""
@@ -60,6 +65,7 @@ class Standing(msgspec.Struct, frozen=True):
     desired: State | None
     observed: State
     pending: Pending | None = None  # a confirmation
+    endings: Mapping[str, "Ending"] = {}  # of guests that are missing
 
     def rows(self) -> list[tuple[str, str, Resource]]:
         """(ok | missing | changed | stray, key, resource), in the order of the desired state."""
@@ -193,7 +199,12 @@ def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     record = rundir.recorded(lab.run)
     if record is None:
         return Standing(lab, None, observed, waiting)
-    return Standing(lab, _desired(lab, topology_of(record), record.source, look), observed, waiting)
+    desired = _desired(lab, topology_of(record), record.source, look)
+    if not (lab.run / "guests").exists():
+        return Standing(lab, desired, observed, waiting)
+    from netorch.system.endings import endings
+
+    return Standing(lab, desired, observed, waiting, endings(lab.scope))
 
 
 def intended(lab: Lab) -> tuple[Topology, State]:
@@ -214,7 +225,7 @@ def intended(lab: Lab) -> tuple[Topology, State]:
 def teardown(lab: Lab, progress: Progress) -> list[str]:
     """Take the lab away by its marks alone. Returns what could not be deleted, in words."""
     from netorch.system.netns_directory import remove_directory
-    from netorch.system.processes import end, marked
+    from netorch.system.processes import end_all
 
     with rundir.locked(lab.run):
         confirmation.call_off(lab.name, lab.run)
@@ -224,7 +235,7 @@ def teardown(lab: Lab, progress: Progress) -> list[str]:
             errors: list[str] = []
         else:
             errors = engine.teardown(machine(lab.scope), progress)
-            end(lab.scope, marked(lab.scope))  # what `exec` left running, or another version
+            end_all(lab.scope)  # what `exec` left running, or another version
             remove_directory(lab.scope.namespaces)
         if not errors:
             rundir.remove(lab.scope)
@@ -250,18 +261,39 @@ def _apply_here(
         if watchdog is not None:
             (watchdog.applied if plan else watchdog.cancel)()
         from netorch.system.firewall import foreign_drops
-        from netorch.system.leases import wait_ready
 
         if plan and desired.of(Ruleset):
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
-        wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
+        if readiness is not None:
+            readiness.all(plan)
 
     only = {type(resource) for resource in desired} if fresh else None
     adapters = machine(lab.scope, progress.waiting, progress.warn, only)
-    observed = EMPTY if fresh else adapters.observe(look)
-    return engine.apply(adapters, desired, progress, ready, observed)
+    readiness = _readiness(lab, topology, desired, progress)
+    known = EMPTY if fresh else adapters.observe(look)
+
+    def before(step: Sequence[Action], plan: Plan) -> None:
+        if topology.guests and not topology.lab.overcommit:
+            from netorch.system.memory import refuse_too_much
+
+            refuse_too_much(plan)
+        if readiness is not None:
+            readiness.before(step, plan)
+
+    return engine.apply(adapters, desired, progress, ready, before, observed=known)
+
+
+def _readiness(
+    lab: Lab, topology: Topology, desired: State, progress: Progress
+) -> "Readiness | None":
+    """What has to be waited for; None where nothing comes to life by itself."""
+    if not any(isinstance(resource, Guest | DhcpClient) for resource in desired):
+        return None
+    from netorch.system.readiness import Readiness
+
+    return Readiness(lab.scope, topology.guests, desired, topology.lab.timeout, progress.waiting)
 
 
 def _outside(name: str, run: Path) -> Scope:
