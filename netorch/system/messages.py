@@ -12,8 +12,6 @@ What a thousand taps have in common is encoded once, as a template; the three at
 they differ (name, alias, MAC) are put behind it.
 """
 
-import importlib
-import importlib.util
 import socket
 import struct
 import sys
@@ -211,6 +209,9 @@ def _template(flags: int, attributes: Attributes) -> bytearray:
 @cache
 def _route_message() -> Any:
     """pyroute2's class of RTM_NEWROUTE and its like."""
+
+    import importlib.util  # few labs have routes
+
     name = "pyroute2.netlink.rtnl.rtmsg"
     if "pyroute2" in sys.modules:
         return importlib.import_module(name).rtmsg
