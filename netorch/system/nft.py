@@ -63,6 +63,7 @@ class Nft:
         """
         probe = f"{_PROBE_PREFIX}{table}"
         body = text.replace(f"table inet {table} {{", f"table inet {probe} {{", 1)
+        assert body != text, "the text of one table, as nft lists it"
         self.run(f"create table inet {probe}\n{body}\ndelete table inet {probe}", what)
 
     def tables(self) -> list[str]:
