@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from functools import cached_property
 
 from netorch.planner import Update
-from netorch.resources import BridgeUplink, DhcpClient, Dnsmasq, Guest, Namespace, Overlay, Resource
+from netorch.resources import (
+    BridgeUplink,
+    DhcpClient,
+    Dnsmasq,
+    Guest,
+    Namespace,
+    Overlay,
+    Resource,
+    Volume,
+)
 from netorch.system import Adapter
 from netorch.system.firewall import Firewall
 from netorch.system.links import Links
@@ -27,11 +36,11 @@ class Promised:
 
     def __init__(
         self,
-        kind: type[Resource],
+        kinds: tuple[type[Resource], ...],
         may_be_there: Callable[[Look], bool],
         make: Callable[[], Adapter],
     ) -> None:
-        self.kinds: tuple[type[Resource], ...] = (kind,)
+        self.kinds = kinds
         self._may_be_there = may_be_there
         self._make = make
 
@@ -80,10 +89,10 @@ def adapters(
 
         return DhcpClients(scope)
 
-    def overlays() -> Adapter:
-        from netorch.system.disks import Overlays
+    def disks() -> Adapter:
+        from netorch.system.disks import Disks
 
-        return Overlays(scope)
+        return Disks(scope)
 
     def guests() -> Adapter:
         from netorch.system.guests import Guests
@@ -92,14 +101,14 @@ def adapters(
 
     found: list[Adapter] = [
         Records(scope),
-        Promised(Namespace, lambda look: scope.namespaces.exists(), hosts),
+        Promised((Namespace,), lambda look: scope.namespaces.exists(), hosts),
         Links(scope),
-        Promised(BridgeUplink, lambda look: _has_uplinks(look, scope), uplinks),
+        Promised((BridgeUplink,), lambda look: _has_uplinks(look, scope), uplinks),
         Firewall(scope),
-        Promised(Dnsmasq, lambda look: look.has_process("dnsmasq"), dnsmasqs),
-        Promised(DhcpClient, lambda look: look.has_process("dhcp"), clients),
-        Promised(Overlay, lambda look: scope.disks.exists(), overlays),
-        Promised(Guest, lambda look: look.has_process("guest"), guests),
+        Promised((Dnsmasq,), lambda look: look.has_process("dnsmasq"), dnsmasqs),
+        Promised((DhcpClient,), lambda look: look.has_process("dhcp"), clients),
+        Promised((Overlay, Volume), lambda look: scope.disks.exists(), disks),
+        Promised((Guest,), lambda look: look.has_process("guest"), guests),
     ]
     return [a for a in found if only is None or not only.isdisjoint(a.kinds)]
 
