@@ -51,7 +51,7 @@ LAYERS = (
     {"state"},
     {"resources", "guest_resources", "resource", "facts", "names"},
     {"model"},
-    {"errors", "__init__"},
+    {"errors", "digests", "__init__"},
 )
 PURE = frozenset().union(*LAYERS[LAYERS.index({"planner"}) :]) - {"__init__"}
 MACHINE = {
