@@ -12,7 +12,8 @@ import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
-from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
+from netorch.guest_disks import disks_of, storage_of
+from netorch.model import Dhcp, Guest, Host, HostNic, Network, Nic, Taps, Topology
 from netorch.names import bridge_name, tap_id, tap_name, tap_names, veth_name
 from netorch.networks import (
     Reservation,
@@ -30,7 +31,6 @@ from netorch.resources import (
     Forwarding,
     GuestNic,
     Namespace,
-    Overlay,
     Record,
     Resource,
     Tap,
@@ -67,6 +67,11 @@ class _Compiler:
         self.source = source
         self.macs = Macs(topology)
         self.gateways = gateways(topology, facts)
+        self.nics: dict[str, list[tuple[str, int, Nic | HostNic]]] = {}
+        for node, index, nic in nics_of(topology):
+            self.nics.setdefault(nic.network, []).append((node, index, nic))
+        modes = {network.mode for network in topology.networks.values()}
+        self.routed = not modes.isdisjoint(("nat", "route", "open"))
         self.bridges = {name: bridge_name(name, net) for name, net in topology.networks.items()}
         self.segments = {name: self._segment(name) for name in topology.networks}
 
@@ -96,8 +101,7 @@ class _Compiler:
             if segment.gateway and (segment.dhcp_first or segment.dns):
                 yield self._dnsmasq(segment)
         for name, guest in self.topology.guests.items():
-            if guest.image != "tiny":
-                yield Overlay(guest=name, image=guest.image, format=self._format(guest))
+            yield from storage_of(name, guest, disks_of(guest, self.facts.formats))
             yield self._guest(name, guest)
 
     def _bridge(self, name: str, segment: Segment) -> Bridge:
@@ -127,10 +131,9 @@ class _Compiler:
 
     def _is_lan(self, name: str) -> bool:
         """Is this a bridged network that the lab's routed ones may leave by?"""
-        routed = any(n.mode in ("nat", "route", "open") for n in self.topology.networks.values())
         network = self.topology.networks[name]
         member = bool(self.gateways[name] or network.uplink)
-        return network.mode == "bridge" and member and routed
+        return network.mode == "bridge" and member and self.routed
 
     def _uplinks(self) -> list[str]:
         """Foreign interfaces that traffic of the lab leaves by; forwarding has to be on for the
@@ -138,8 +141,8 @@ class _Compiler:
         """
         found: dict[str, None] = {}
         networks = self.topology.networks.values()
-        taken_in = [n.uplink for n in networks if n.mode == "bridge"]
-        ours = [bridge for name, bridge in self.bridges.items() if not self._is_external(name)]
+        taken_in = {n.uplink for n in networks if n.mode == "bridge"}
+        ours = {bridge for name, bridge in self.bridges.items() if not self._is_external(name)}
         for network in networks:
             if network.mode not in ("nat", "route", "open"):
                 continue
@@ -189,7 +192,7 @@ class _Compiler:
         """One for every NIC that asks this network for an address: so addresses never wander."""
         if first is None or last is None:
             return
-        nics = [(node, i, nic) for node, i, nic in nics_of(self.topology) if nic.network == name]
+        nics = self.nics.get(name, ())
         fixed = {
             nic.address.partition("/")[0] for _, _, nic in nics if nic.address not in (None, "dhcp")
         }
@@ -213,10 +216,9 @@ class _Compiler:
             named.add(node)
 
     def _static_names(self, name: str) -> Iterator[tuple[str, str]]:
-        for host, definition in self.topology.hosts.items():
-            for nic in definition.nics:
-                if nic.network == name and nic.address not in (None, "dhcp"):
-                    yield (str(IPv4Interface(nic.address).ip), host)
+        for host, _, nic in self.nics.get(name, ()):
+            if isinstance(nic, HostNic) and nic.address not in (None, "dhcp"):
+                yield (str(IPv4Interface(nic.address).ip), host)
 
     def _dnsmasq(self, segment: Segment) -> Dnsmasq:
         stem = f"{self.run}/dnsmasq-{segment.network}"
@@ -292,7 +294,6 @@ class _Compiler:
     def _guest(self, name: str, guest: Guest) -> RunningGuest:
         return msgspec.structs.replace(
             bare_guest(name, guest),
-            format=self._format(guest),
             nics=tuple(
                 GuestNic(
                     id=tap_id(index, nic),
@@ -307,30 +308,28 @@ class _Compiler:
                 )
                 for index, nic in enumerate(guest.nics)
             ),
+            disks=disks_of(guest, self.facts.formats),
         )
 
-    def _format(self, guest: Guest) -> str:
-        if guest.image == "tiny":
-            return ""
-        return (
-            self.facts.formats.get(guest.image, guest.format)
-            if guest.format == "auto"
-            else guest.format
-        )
+
+def _display(guest: Guest) -> str:
+    if isinstance(guest.vnc, bool):
+        return "socket" if guest.vnc else ""
+    return str(guest.vnc)
 
 
 def bare_guest(name: str, guest: Guest) -> RunningGuest:
-    """The guest as far as it depends on itself alone: without its NICs and the image's format."""
+    """The guest as far as it depends on itself alone: without its NICs and disks."""
     return RunningGuest(
         name=name,
         image=guest.image,
-        format="",
         machine=guest.machine,
         accel=guest.accel,
         memory=memory_mib(guest.memory),
         cpus=guest.cpus,
         ports=_ports(guest),
-        vnc=-1 if guest.vnc is None else guest.vnc,
+        vnc=_display(guest),
+        video=guest.video or ("" if guest.vnc is False else "VGA"),
     )
 
 

@@ -12,18 +12,73 @@ _IN_USE = frozenset({"running", "paused", "suspended", "io-error", "debug"})
 
 
 class Overlay(Resource, frozen=True):
-    """The disk of a guest with an image: a qcow2 file over it. `format` is the image's."""
+    """A qcow2 file that takes what a guest writes to one of its disks. All else is read from
+    `image`, whose format is `format`.
+    """
 
     guest: str
+    disk: str
     image: str
     format: str
 
     @property
     def key(self) -> str:
-        return f"overlay:{self.guest}"
+        return f"overlay:{self.guest}:{self.disk}"
 
     def describe(self) -> str:
-        return f"disk of {self.guest} over {self.image}"
+        return f"disk {self.disk} of {self.guest} over {self.image}"
+
+
+class Volume(Resource, frozen=True):
+    """A disk of a guest that was empty when it was made: a sparse qcow2 file. `size` is in bytes.
+
+    It grows, also under a running guest; it never shrinks.
+    """
+
+    live: ClassVar[frozenset[str]] = frozenset({"size"})
+    guest: str
+    disk: str
+    size: int
+
+    @property
+    def key(self) -> str:
+        return f"volume:{self.guest}:{self.disk}"
+
+    def refuses(self, new: Resource) -> str:
+        if isinstance(new, Volume) and new.size < self.size:
+            return (
+                f"disk {self.disk} of guest {self.guest} has {spoken(self.size)} and can't shrink "
+                f"to {spoken(new.size)}: leave its size, or give the smaller one another name"
+            )
+        return ""
+
+    def describe(self) -> str:
+        return f"disk {self.disk} of {self.guest}, {spoken(self.size)}"
+
+
+class DiskLayer(msgspec.Struct, frozen=True):
+    """A file or block device of the person's, and the format of what is in it."""
+
+    file: str
+    format: str
+
+
+class GuestDisk(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest's disk: the device that it sees, and the data behind it.
+
+    `use` says who takes the writes: an `overlay` or a `volume` (the lab's own file, a resource), or
+    with `write` the first of `layers`; with `read` nobody. Each of `layers` lies over the next.
+    `unit` is the place on a bus where places count (ide, sata); `bootindex` 0 is none.
+    """
+
+    name: str
+    bus: str
+    serial: str
+    use: str
+    layers: tuple[DiskLayer, ...] = ()
+    cdrom: bool = False
+    unit: int = 0
+    bootindex: int = 0
 
 
 class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,24 +123,27 @@ class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Guest(Resource, frozen=True):
-    """A running QEMU. `image` is `tiny` or an absolute path; `memory` is in MiB.
+    """A running QEMU. `image` is `tiny` or an absolute path, then also that of the first disk;
+    `memory` is in MiB.
 
     `ports` is how many PCIe ports it has for NICs that come and go; a machine `pc` needs none.
-    `vnc` is a display number on loopback, -1 for none. `state` is QEMU's run state (its QMP command
+    `vnc` is `socket`, for one in the run directory, or a display number on loopback, "" for none;
+    `video` is the display adapter, "" for none. `state` is QEMU's run state (its QMP command
     query-status); a lab wants "running".
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"nics", "vnc", "state"})
     name: str
     image: str
-    format: str
     machine: str
     accel: str
     memory: int
     cpus: int
     nics: tuple[GuestNic, ...] = ()
+    disks: tuple[GuestDisk, ...] = ()
     ports: int = 0
-    vnc: int = -1
+    vnc: str = ""
+    video: str = ""
     state: str = "running"
 
     @property
@@ -95,9 +153,10 @@ class Guest(Resource, frozen=True):
     @property
     def needs(self) -> tuple[str, ...]:
         taps = (self.tap_key(nic) for nic in self.nics if nic.tap)
-        disk = () if self.image == "tiny" else (f"overlay:{self.name}",)
+        own = (disk for disk in self.disks if disk.use in ("overlay", "volume"))
+        disks = (f"{disk.use}:{self.name}:{disk.name}" for disk in own)
         services = (f"dnsmasq:{network}" for network in self.networks)
-        return ("record", "ruleset", *disk, *taps, *services)
+        return ("record", "ruleset", *disks, *taps, *services)
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -120,10 +179,10 @@ class Guest(Resource, frozen=True):
             return False
         if self.state not in _IN_USE:
             return True  # it is started again, as new
-        return self._can_plug(new) and (self.vnc >= 0 or new.vnc < 0)
+        return self._can_plug(new) and self._can_move_screen(new)
 
     def after_replace(self, needed: str) -> Self | None:
-        if needed.startswith("overlay:"):
+        if needed.startswith(("overlay:", "volume:")):
             return None
         nics = tuple(
             msgspec.structs.replace(nic, attached=False) if self.tap_key(nic) == needed else nic
@@ -148,6 +207,12 @@ class Guest(Resource, frozen=True):
         rest = [change for change in changes if not change.startswith("nics ")]
         return rest + (of_nics or ["the order of its NICs"])
 
+    def _can_move_screen(self, new: "Guest") -> bool:
+        """A display on a TCP port can get another port, or none; it is in the lab's network
+        namespace, where a QEMU without one is not.
+        """
+        return self.vnc == new.vnc or (self.vnc.isdigit() and (new.vnc.isdigit() or not new.vnc))
+
     def _can_plug(self, new: "Guest") -> bool:
         """Whether its NICs can change while it runs.
 
@@ -163,3 +228,11 @@ class Guest(Resource, frozen=True):
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def spoken(size: int) -> str:
+    """Bytes as the file has them: `10G`."""
+    for unit, letter in ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit}{letter}"
+    return f"{size} bytes"

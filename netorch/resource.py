@@ -25,6 +25,10 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
         """
         return None
 
+    def refuses(self, new: Self) -> str:
+        """Why this one can't become `new`, which has its key, as a sentence; "" where it can."""
+        return ""
+
     def can_become(self, new: "Resource") -> bool:
         """Whether an update can make `new` of what this one was seen to be; otherwise it is made
         again.

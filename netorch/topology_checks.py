@@ -15,6 +15,7 @@ from netorch.errors import Finding, Key, dotted, quoted
 from netorch.model import Dhcp, Guest, HostNic, Network, Nic, Topology
 from netorch.names import bridge_name
 from netorch.topology_clashes import clashes, overlaps
+from netorch.topology_disks import storage
 from netorch.topology_expect import expectations
 from netorch.topology_order import order
 from netorch.topology_values import (
@@ -55,6 +56,7 @@ class _Checks:
         # What NICs want of a network: addresses that they name, and any address.
         self.fixed: dict[str, set[IPv4Address]] = {name: set() for name in topology.networks}
         self.asking = dict.fromkeys(topology.networks, 0)
+        self.bridged = {n.uplink: name for name, n in topology.networks.items() if _takes_in(n)}
 
     def run(self) -> list[Finding]:
         for name, network in self.topology.networks.items():
@@ -70,7 +72,10 @@ class _Checks:
             self._room(name, network)
         for finding in (*overlaps(self.subnets), *clashes(self.topology), *order(self.topology)):
             self.say(*finding)
-        for path, message, hint, because in expectations(self.topology):
+        for path, message, hint, because in (
+            *storage(self.topology),
+            *expectations(self.topology),
+        ):
             self.say(path, message, hint, *because)
         return self.findings
 
@@ -112,9 +117,8 @@ class _Checks:
             self.say(
                 where, f'mode "{network.mode}" has no uplink', 'for mode "nat" or "route"', mode
             )
-        bridged = {n.uplink: name for name, n in self.topology.networks.items() if _takes_in(n)}
-        if network.uplink in bridged and not _takes_in(network):
-            other = bridged[network.uplink]
+        if network.uplink in self.bridged and not _takes_in(network):
+            other = self.bridged[network.uplink]
             bridge = bridge_name(other, self.topology.networks[other])
             message = f"{network.uplink} becomes a port of {bridge}, which has its routes then"
             self.say(where, message, quoted(bridge), mode, ("networks", other))
@@ -185,11 +189,6 @@ class _Checks:
 
     def _guest(self, name: str, guest: Guest) -> None:
         path: Key = ("guests", name)
-        if not guest.image or "\0" in guest.image or guest.image.startswith("~"):
-            hint = '"tiny", or the path of a qcow2 or raw image'
-            if guest.image.startswith("~"):
-                hint = "write the directory out: whose home ~ is depends on who runs netorch"
-            self.say((*path, "image"), f"{quoted(guest.image)} is not an image's path", hint)
         self._memory((*path, "memory"), guest.memory)
         if guest.ports is not None and guest.machine != "q35":
             message = f'machine "{guest.machine}" has no ports: its NICs come and go without'

@@ -149,8 +149,10 @@ class Running:
     def move_screen(self) -> None:
         if self._seen.vnc == self.wanted.vnc:
             return
-        inet = {"type": "inet", "host": "127.0.0.1", "port": str(_VNC_PORT + self.wanted.vnc)}
-        addresses = [inet] if self.wanted.vnc >= 0 else []
+        addresses = []
+        if self.wanted.vnc:
+            port = str(_VNC_PORT + int(self.wanted.vnc))
+            addresses = [{"type": "inet", "host": "127.0.0.1", "port": port}]
         self.qmp.ask("display-update", {"type": "vnc", "addresses": addresses})
 
     def _look(self) -> Seen:

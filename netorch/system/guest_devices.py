@@ -36,7 +36,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     nics: tuple[Plugged, ...]
     devices: frozenset[str]
     ports: tuple[str, ...]
-    vnc: int = -1
+    vnc: str = ""
 
 
 def reach(scope: Scope, guest: str) -> Qmp:
@@ -77,7 +77,7 @@ class Look:
         assert isinstance(process.resource, Guest)
         self._qmp = qmp
         self._pid = process.pid
-        self._has_screen = process.resource.vnc >= 0
+        self._has_screen = bool(process.resource.vnc)
         self._negotiated = negotiated
 
     def ask(self) -> None:
@@ -93,7 +93,7 @@ class Look:
         self._state = self._qmp.answer("query-status")["status"]
         objects, devices = (_names(self._qmp.answer("qom-list")) for _ in range(2))
         self._devices = frozenset(devices)
-        self._vnc = _display(self._qmp.answer("query-vnc")) if self._has_screen else -1
+        self._vnc = _display(self._qmp.answer("query-vnc")) if self._has_screen else ""
         self._specs = [name for name in objects if name.endswith(SPEC)]
         for name in self._specs:
             self._qmp.send("qom-get", {"path": f"/objects/{name}", "property": "identity"})
@@ -159,5 +159,8 @@ def _names(properties: Sequence[Mapping[str, Any]]) -> list[str]:
     return [prop["name"] for prop in properties if prop["type"].startswith("child<")]
 
 
-def _display(info: Mapping[str, Any]) -> int:
-    return int(info["service"]) - _VNC_PORT if info["enabled"] else -1
+def _display(info: Mapping[str, Any]) -> str:
+    """As a Guest has it."""
+    if not info["enabled"]:
+        return ""
+    return "socket" if info["family"] == "unix" else str(int(info["service"]) - _VNC_PORT)

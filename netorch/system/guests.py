@@ -15,20 +15,19 @@ its disk caches and quit, as its `quit` does, and needs no socket.
 """
 
 import contextlib
-import os
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from netorch.disk_devices import Disk
 from netorch.errors import ImageError, MissingError, NetorchError
-from netorch.guests import Descriptors, Kernel, Ram, argv, needs_network
+from netorch.guests import Descriptors, Kernel, Ram, argv, needs_network, vnc_socket
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import disks, warm_starts
+from netorch.system import disk_checks, warm_starts
+from netorch.system.disks import open_disk
 from netorch.system.guest_changes import change, must_start_again, set_links
 from netorch.system.guest_devices import look_at_all
 from netorch.system.guest_processes import UNREACHABLE, directory_of, end_guests, running
@@ -46,7 +45,7 @@ _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qe
 
 # What guests that start side by side may have open: 1024 descriptors are the usual limit.
 _DESCRIPTORS = 800
-_EACH = 6  # three sockets, the connection, the base image and the process itself
+_EACH = 5  # three sockets, the connection and the process itself
 
 _SEVERAL = "running more than once"
 
@@ -67,7 +66,7 @@ class Guests:
         self._scope = scope
         self._progress = progress
 
-    def observe(self) -> Iterable[Guest]:
+    def observe(self, look: object = None) -> Iterable[Guest]:
         found = running(self._scope)
         seen = look_at_all(self._scope, [processes[0] for processes in found.values()])
         for processes in found.values():
@@ -86,15 +85,9 @@ class Guests:
         reasons = []
         if guests and program(QEMU) is None:
             reasons.append(f"{QEMU} is not installed: {_INSTALL_QEMU}")
-        for image in dict.fromkeys(guest.image for guest in guests):
-            reasons += self._image_reasons(image)
-        for guest in guests:
-            if guest.image != "tiny" and disks.outdated(self._scope, guest):
-                reasons.append(
-                    f"image {guest.image} was written to after the disk of guest {guest.name} was "
-                    "made from it: take the guest out of the file and apply, then start it anew"
-                )
-        return reasons
+        if any(guest.image == "tiny" for guest in guests):
+            reasons += self._tiny_reasons()
+        return reasons + disk_checks.reasons(self._scope, guests)
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
@@ -132,22 +125,11 @@ class Guests:
                 shutil.rmtree(directory)
             done(guest)
 
-    def _image_reasons(self, image: str) -> Iterator[str]:
+    def _tiny_reasons(self) -> Iterator[str]:
         try:
-            if image == "tiny":
-                tiny_image(self._progress)
-                return
-            image_format = disks.image_format(Path(image))
+            tiny_image(self._progress)
         except ImageError as error:
             yield f"{error.message}: {error.hint}" if error.hint else error.message
-            return
-        if image_format == "qcow2" and (backing := disks.backing(Path(image))[0]):
-            yield (
-                f"image {image} is itself an overlay, of {backing}: make one that stands alone "
-                f"with `qemu-img convert -O qcow2 {image} NEW`"
-            )
-        if writer := disks.writer(Path(image)):
-            yield f"image {image} is being written to by {writer}: shut that down, or use a copy"
 
     def _create(
         self,
@@ -187,6 +169,8 @@ class Guests:
                 else:
                     warm_starts.plug_all(self._scope, process.qmp, process.guest)
                 process.qmp.ask("cont")
+                if process.guest.vnc == "socket":  # QEMU made it, by the person's umask
+                    (self._scope.run / vnc_socket(process.guest.name)).chmod(0o600)
                 process.child.close()
                 done(process.guest)
 
@@ -227,13 +211,16 @@ class Guests:
         )
         nics = guest.nics if source is None else ()  # a copy gets them later
         taps = tuple(tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in nics)
-        boot = self._boot(guest, opened)
-        fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
+        sets = itertools.count(1)
+        files = tuple(
+            open_disk(self._scope, guest.name, disk, sets, opened) for disk in guest.disks
+        )
+        fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps, files)
         words = argv(
             msgspec.structs.replace(guest, nics=nics),
             program=qemu,
             accel=warm_starts.accel_of(guest),
-            boot=boot,
+            kernel=self._kernel(guest),
             fds=fds,
             log=f"{relative}/serial.log",
             incoming=source is not None,
@@ -243,20 +230,19 @@ class Guests:
             guest,
             words,
             log=directory / "qemu.log",
-            pass_fds=_numbers(fds, boot),
+            pass_fds=fds.numbers(),
             capabilities=(),
             apart=not needs_network(guest),
             kept=directory,
         )
         return guest, Qmp(directory / "qmp.sock", guest.name), start
 
-    def _boot(self, guest: Guest, opened: contextlib.ExitStack) -> Kernel | Disk:
-        if guest.image == "tiny":
-            tiny = tiny_image(self._progress)
-            return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline, identity(guest.name))
-        base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
-        opened.callback(os.close, base)
-        return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
+    def _kernel(self, guest: Guest) -> Kernel | None:
+        if guest.image != "tiny":
+            return None
+        tiny = tiny_image(self._progress)
+        kernel = tiny.vmlinuz if guest.video else tiny.kernel
+        return Kernel(kernel, tiny.initrd, tiny.cmdline, identity(guest.name))
 
 
 def _greeted(qmp: Qmp, _source: Template | None) -> None:
@@ -279,6 +265,7 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
     left = _DESCRIPTORS
     for guest in guests:
         needed = _EACH + sum(nic.queues for nic in guest.nics)
+        needed += sum(len(disk.layers) + 1 for disk in guest.disks)
         if batch and needed > left:
             yield batch
             batch, left = [], _DESCRIPTORS
@@ -286,12 +273,6 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
         left -= needed
     if batch:
         yield batch
-
-
-def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:
-    queues = [fd for tap in fds.taps for fd in tap]
-    base = [boot.base_fd] if isinstance(boot, Disk) else []
-    return [fds.qmp, fds.serial, fds.agent, *queues, *base]
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ Marks, one for each place where the kernel lets us leave one:
     hosts       the file that the namespace is mounted on, `netorch:<lab>:<host>:<place>`
 """
 
+import binascii
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def group(self) -> int:
         """The link group of the lab's ports (taps and veths); the bridges' is one higher."""
-        return 0x4E000000 | (zlib.crc32(self.lab.encode()) & 0x7FFFFF) << 1
+        return 0x4E000000 | (binascii.crc32(self.lab.encode()) & 0x7FFFFF) << 1
 
     @property
     def table(self) -> str:

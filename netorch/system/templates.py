@@ -80,7 +80,6 @@ def shape(guest: Guest) -> Guest:
     plain = Guest(
         name=_NAME,
         image=guest.image,
-        format=guest.format,
         machine=guest.machine,
         accel=guest.accel,
         memory=guest.memory,
@@ -121,7 +120,7 @@ def template(qemu: str, guest: Guest, accel: str, progress: Callable[[str], None
             plain,
             program=qemu,
             accel=accel,
-            boot=kernel,
+            kernel=kernel,
             fds=fds,
             log="serial.log",
             ram=Ram(ram, private=False),

@@ -40,8 +40,8 @@ LIVE = {
     "more queues": (q35(nic(1)), q35(nic(1, queues=2))),
     "another network": (q35(nic(1)), q35(msgspec.structs.replace(nic(1), network="b"))),
     "a link": (q35(nic(1), ports=0), q35(msgspec.structs.replace(nic(1), link="down"), ports=0)),
-    "the display's number": (q35(vnc=1), q35(vnc=2)),
-    "no display": (q35(vnc=1), q35()),
+    "the display's number": (q35(vnc="1"), q35(vnc="2")),
+    "no display": (q35(vnc="1"), q35()),
     "a pc without ports": (guest(machine="pc"), guest(machine="pc", nics=())),
     "the order": (q35(nic(1), nic(2)), q35(nic(2), nic(1))),
 }
@@ -49,7 +49,7 @@ RESTARTS = {
     "memory": (q35(), q35(memory=256), "memory 128 -> 256"),
     "a third NIC of two ports": (q35(nic(1), nic(2)), q35(nic(1), nic(2), nic(3)), "add NIC vm1-3"),
     "one less of three": (q35(nic(1), nic(2), nic(3)), q35(nic(1), nic(2)), "remove NIC vm1-3"),
-    "a display": (q35(), q35(vnc=3), "vnc -1 -> 3"),
+    "a display": (q35(), q35(vnc="3"), "vnc  -> 3"),
     "ports": (q35(), q35(ports=3), "ports 2 -> 3"),
 }
 
