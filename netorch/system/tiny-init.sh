@@ -103,7 +103,7 @@ watch() {
     while :; do
         wake
         # Its clock has stood still since it was copied.
-        [ ! -e /run/clock ] || { rm /run/clock; hwclock -s -u; }
+        [ ! -e /run/clock ] || { hwclock -s -u; rm /run/clock; }
         watch_links
         read -r -t 1 none <&3
     done

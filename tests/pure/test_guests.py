@@ -10,7 +10,7 @@ import pytest
 
 from netorch import disk_devices
 from netorch.disk_devices import Source
-from netorch.guests import Descriptors, Kernel, argv
+from netorch.guests import Descriptors, Kernel, Ram, argv
 from netorch.model import Bus, Model
 from netorch.nic_devices import MODELS
 from netorch.resources import DiskLayer, Guest, GuestDisk
@@ -53,6 +53,33 @@ def test_kvm_shows_the_guest_the_host_processor() -> None:
     words = render(guest(), accel="kvm")
     assert words[words.index("-accel") + 1] == "kvm"
     assert words[words.index("-cpu") + 1] == "host"
+
+
+def test_a_copy_takes_its_memory_from_a_file_and_its_state_from_elsewhere() -> None:
+    plain = render(guest())
+    numbers = Descriptors(qmp=10, serial=11, agent=12, taps=((13,),))
+    words = argv(
+        guest(),
+        program="/usr/bin/qemu",
+        accel="tcg",
+        kernel=KERNEL,
+        fds=numbers,
+        log="guests/vm1/serial.log",
+        incoming=True,
+        ram=Ram(Path("/cache/a,b/ram"), private=True),
+    )
+    machine = plain[plain.index("-machine") + 1]
+    assert words[words.index("-machine") + 1] == f"{machine},memory-backend=pc.ram"
+    backend = json.loads(words[words.index("-object") + 1])
+    assert backend["mem-path"] == "/cache/a,b/ram"
+    assert (backend["id"], backend["size"], backend["share"]) == ("pc.ram", 128 << 20, False)
+    # Nothing else: what was saved of the one can be loaded into the other.
+    ours = words.index("-object")
+    rest = words[:ours] + words[ours + 2 : -2]
+    assert [word for word in rest if "memory-backend" not in word] == [
+        word for word in plain if word != machine
+    ]
+    assert words[-2:] == ["-incoming", "defer"]
 
 
 def test_every_model_of_the_file_has_a_front_end() -> None:

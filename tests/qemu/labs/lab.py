@@ -81,6 +81,10 @@ class Machine:
         assert status is None or done.returncode == status, said
         return done
 
+    def use_cache(self, directory: Path) -> None:
+        """Have netorch find and make its images and templates there."""
+        self._environment["XDG_CACHE_HOME"] = str(directory)
+
     def start(self, *arguments: str, **files: int) -> subprocess.Popen[str]:
         """Start the command line, with pipes unless told otherwise; it ends with the test."""
         pipes = {name: files.get(name, subprocess.PIPE) for name in ("stdin", "stdout", "stderr")}
