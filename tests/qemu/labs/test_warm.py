@@ -81,7 +81,7 @@ def test_a_template_is_made_in_secret_or_not_at_all(machine: Machine, tmp_path: 
     assert not list(cache.glob(".warm-*"))
 
     # One that looks whole and isn't.
-    machine.netorch("stop", "--lab", lab.name, "--now", "vm1")
+    machine.netorch("stop", "--lab", lab.name, "--timeout", "0", "vm1")
     (made / "state").write_bytes(b"no state")
     (made / "manifest").write_bytes(_manifest(made))
     said = machine.netorch("start", "--lab", lab.name, "vm1").stderr
