@@ -193,7 +193,10 @@ class Lab:
         index = node.index(nic, None)
         if isinstance(node, Host):
             return where, f"eth{index}"
-        return "", tap_name(where, index, topology.guests[where].nics[index])
+        end = topology.guests[where].nics[index]
+        if end.network is None:
+            raise UsageError(f"NIC {index} of {where} has no tap: it is on no network")
+        return "", tap_name(where, index, end)
 
 
 class _Node:
@@ -207,7 +210,7 @@ class _Node:
 
     def index(self, nic: int, network: str | None) -> int:
         """The number of a NIC. Raises UsageError if there is none."""
-        networks = [one.network for one in self._nics]
+        networks = [one.network or "no network" for one in self._nics]
         if network is not None and network in networks:
             return networks.index(network)
         if network is not None or not 0 <= nic < len(networks):

@@ -12,6 +12,7 @@ import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
+from netorch.guest_nics import guest_nics, user_subnets
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
 from netorch.names import bridge_name, tap_name, tap_names, veth_name
 from netorch.networks import (
@@ -28,7 +29,6 @@ from netorch.resources import (
     DhcpClient,
     Dnsmasq,
     Forwarding,
-    GuestNic,
     Namespace,
     Overlay,
     Record,
@@ -234,7 +234,7 @@ class _Compiler:
 
     def _guest_taps(self, name: str, guest: Guest) -> Iterator[Tap]:
         for index, nic in enumerate(guest.nics):
-            if self.facts.helper:
+            if self.facts.helper or nic.network is None:
                 continue
             mac = self.macs.of_nic(name, index, nic.mac)
             yield self._tap(
@@ -280,7 +280,8 @@ class _Compiler:
                 yield DhcpClient(host=name, device=f"eth{index}")
 
     def _guest(self, name: str, guest: Guest) -> RunningGuest:
-        served = {n: None for nic in guest.nics if self.segments[n := nic.network].dhcp_first}
+        networks = [nic.network for nic in guest.nics if nic.network is not None]
+        served = dict.fromkeys(n for n in networks if self.segments[n].dhcp_first)
         return RunningGuest(
             name=name,
             image=guest.image,
@@ -289,15 +290,12 @@ class _Compiler:
             accel=guest.accel,
             memory=memory_mib(guest.memory),
             cpus=guest.cpus,
-            nics=tuple(
-                GuestNic(
-                    mac=self.macs.of_nic(name, index, nic.mac),
-                    model=nic.model,
-                    tap="" if self.facts.helper else tap_name(name, index, nic),
-                    queues=nic.queues,
-                    bridge=self.bridges[nic.network] if self.facts.helper else "",
-                )
-                for index, nic in enumerate(guest.nics)
+            nics=guest_nics(
+                self.topology,
+                name,
+                macs=self.macs,
+                subnets=user_subnets(self.gateways.values()),
+                helpers=self.bridges if self.facts.helper else None,
             ),
             networks=tuple(served),
             vnc=-1 if guest.vnc is None else guest.vnc,

@@ -4,6 +4,7 @@ from typing import ClassVar, Self
 
 import msgspec
 
+from netorch.model import Forward
 from netorch.resource import Resource
 
 
@@ -22,17 +23,48 @@ class Overlay(Resource, frozen=True):
         return f"disk of {self.guest} over {self.image}"
 
 
-class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's NIC: the device that it sees (`model`, `mac`) and the tap behind it.
+class GuestNic(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A guest's NIC: the device that it sees (`model`, `mac`), and what is behind it.
 
-    `tap` is "" where qemu-bridge-helper gives it one, on the bridge of somebody else's `bridge`.
+    `backend` is
+    - "tap": the tap `tap` with so many `queues`, or one that qemu-bridge-helper gives it on the
+      bridge of somebody else's `bridge`
+    - "user" or "passt": QEMU's own network stack, or a passt of its own, which plays the `subnet`
+      and has the `forward`ed ports
+    - "wire": end 0 or 1 of a `wire` to another guest's NIC
+    - "none": what was behind it has ended; only ever observed
     """
 
     mac: str
     model: str
-    tap: str
+    backend: str = "tap"
+    tap: str = ""
     queues: int = 1
     bridge: str = ""
+    subnet: str = ""
+    forward: tuple[Forward, ...] = ()
+    wire: str = ""
+    end: int = 0
+
+    def __str__(self) -> str:
+        behind = self.tap or self.bridge or self.wire or self.subnet
+        return f"{self.model} {self.mac} {self.backend} {behind}".strip()
+
+
+class Passt(Resource, frozen=True):
+    """The passt behind one NIC of a guest. It is a part of the guest, and no State has it; its
+    process is marked with it.
+    """
+
+    guest: str
+    index: int
+
+    @property
+    def key(self) -> str:
+        return f"passt:{self.guest}:{self.index}"
+
+    def describe(self) -> str:
+        return f"passt of guest {self.guest}, NIC {self.index}"
 
 
 class Guest(Resource, frozen=True):

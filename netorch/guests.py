@@ -8,17 +8,22 @@ become an option. The guest starts stopped (-S); netorch lets it run by QMP when
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from netorch import disk_devices, nic_devices
 from netorch.disk_devices import Disk
+from netorch.nic_devices import Ends
 from netorch.resources import Guest, GuestNic
 
 # What no guest here uses, and what the firmware and the kernel would look for.
-_MACHINES = {"q35": "q35,sata=off,smbus=off,vmport=off", "pc": "pc,vmport=off"}
+_MACHINES = {
+    "q35": "q35,sata=off,smbus=off,vmport=off,usb=off",
+    "pc": "pc,vmport=off,usb=off",
+    "microvm": "microvm,usb=off",
+}
 
 # The processor that shows the guest all that the accelerator can do. The tiny guest has no use for
 # TCG's "max", whose features cost it 0.1 s of its boot.
@@ -34,12 +39,12 @@ class Kernel(msgspec.Struct, frozen=True):
 
 
 class Descriptors(msgspec.Struct, frozen=True):
-    """What QEMU inherits: listening Unix sockets, and for each NIC one tap descriptor a queue."""
+    """What QEMU inherits: listening Unix sockets, and for each NIC what its back-end needs."""
 
     qmp: int
     serial: int
     agent: int
-    taps: tuple[tuple[int, ...], ...] = ()
+    nics: tuple[Ends, ...] = ()
 
 
 def argv(
@@ -53,7 +58,7 @@ def argv(
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         ),
-        *("-machine", f"{_MACHINES[guest.machine]},usb=off,dump-guest-core=off"),
+        *("-machine", f"{_MACHINES[guest.machine]},dump-guest-core=off"),
         *("-accel", accel),
         *(() if guest.image == "tiny" and accel == "tcg" else ("-cpu", _CPUS[accel])),
         *("-smp", f"cpus={guest.cpus}", "-m", f"size={guest.memory}M"),
@@ -61,18 +66,25 @@ def argv(
         *(
             word
             for index, nic in enumerate(guest.nics)
-            for word in _nic(index, nic, fds.taps[index])
+            for word in _nic(index, nic, fds.nics[index])
         ),
-        *(_kernel(guest, boot) if isinstance(boot, Kernel) else _disk(boot)),
+        *(_kernel(guest, boot) if isinstance(boot, Kernel) else _disk(guest, boot)),
         *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
-        *_json("-device", {"driver": "virtio-rng-pci", "rng": "rng"}),
-        *_json("-device", {"driver": "virtio-serial-pci", "id": "ports"}),
+        *_json("-device", {"driver": _virtio(guest, "rng"), "rng": "rng"}),
+        *_json("-device", {"driver": _virtio(guest, "serial"), "id": "ports"}),
         *_json(
             "-device",
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
         ),
         *_screen(guest.vnc),
     ]
+
+
+def needs_network(guest: Guest) -> bool:
+    """Does its QEMU itself open sockets in the lab's network namespace? All else it is handed, or
+    has as Unix sockets.
+    """
+    return guest.vnc >= 0 or any(nic.backend == "user" for nic in guest.nics)
 
 
 def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
@@ -88,8 +100,8 @@ def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
     yield from ("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off")
 
 
-def _nic(index: int, nic: GuestNic, queues: Sequence[int]) -> Iterator[str]:
-    yield from _json("-netdev", nic_devices.netdev(index, queues))
+def _nic(index: int, nic: GuestNic, ends: Ends) -> Iterator[str]:
+    yield from _json("-netdev", nic_devices.netdev(index, nic, ends))
     yield from _json("-device", nic_devices.device(index, nic))
 
 
@@ -98,11 +110,16 @@ def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
     yield from ("-append", f"{boot.cmdline} netorch.hostname={guest.name}")
 
 
-def _disk(boot: Disk) -> Iterator[str]:
+def _disk(guest: Guest, boot: Disk) -> Iterator[str]:
     yield from ("-add-fd", f"fd={boot.base_fd},set={disk_devices.BASE_SET}")
     for node in disk_devices.blockdevs(boot):
         yield from _json("-blockdev", node)
-    yield from _json("-device", disk_devices.device())
+    yield from _json("-device", disk_devices.device() | {"driver": _virtio(guest, "blk")})
+
+
+def _virtio(guest: Guest, kind: str) -> str:
+    """A virtio device's name: a microvm has no PCI, and its devices are found by virtio-mmio."""
+    return f"virtio-{kind}-{'device' if guest.machine == 'microvm' else 'pci'}"
 
 
 def _screen(display: int) -> Iterator[str]:

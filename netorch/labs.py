@@ -19,8 +19,9 @@ from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError
 from netorch.facts import Facts
 from netorch.model import Topology
+from netorch.nic_devices import idle_queues
 from netorch.planner import Plan, diff
-from netorch.resources import Resource, Ruleset
+from netorch.resources import Guest, Resource, Ruleset
 from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, with_names
 from netorch.system import Adapter, System, confirmation, rundir
@@ -272,6 +273,9 @@ def _apply_here(
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
+        for guest in desired.of(Guest) if plan else ():
+            for line in idle_queues(guest):
+                progress.warn(line)
         wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
 
     only = {type(resource) for resource in desired} if fresh else None

@@ -18,6 +18,7 @@ import msgspec
 from netorch.guest_resources import Guest as Guest
 from netorch.guest_resources import GuestNic as GuestNic
 from netorch.guest_resources import Overlay as Overlay
+from netorch.guest_resources import Passt as Passt
 from netorch.resource import Resource as Resource
 
 
@@ -310,6 +311,7 @@ AnyResource = (
     | DhcpClient
     | Overlay
     | Guest
+    | Passt
 )
 
 

@@ -1,5 +1,8 @@
 """The shapes of guests whose QEMU command lines are held by golden files and run by tests/qemu."""
 
+import msgspec
+
+from netorch.model import Forward
 from netorch.resources import Guest, GuestNic
 
 QUEUES = 2
@@ -24,12 +27,31 @@ def nic(number: int, model: str = "virtio-net-pci", queues: int = 1) -> GuestNic
     return GuestNic(mac=mac, model=model, tap=f"vm1-{number}", queues=queues)
 
 
+def back_end(number: int, backend: str, **fields: object) -> GuestNic:
+    return msgspec.structs.replace(nic(number), tap="", backend=backend, **fields)
+
+
+FORWARD = (
+    Forward(port=2222, to=22),
+    Forward(port=5353, to=53, protocol="udp", address="0.0.0.0"),
+)
+
 SHAPES = {
     "tiny": guest(),
     "tiny-pc": guest(machine="pc", cpus=2, memory=192),
     "e1000": guest(nics=(nic(1, "e1000"),)),
     "rtl8139": guest(nics=(nic(1, "rtl8139"),)),
     "three-models": guest(nics=(nic(1), nic(2, "e1000"), nic(3, "rtl8139"))),
+    "other-models": guest(nics=(nic(1, "e1000e"), nic(2, "vmxnet3"))),
+    "back-ends": guest(
+        nics=(
+            back_end(1, "user", subnet="10.0.2.0/24", forward=FORWARD),
+            back_end(2, "user", model="e1000", subnet="10.0.3.0/24"),
+            back_end(3, "wire", wire="a-b", end=1),
+        )
+    ),
+    "microvm": guest(machine="microvm", nics=tuple(nic(n, "virtio-net-device") for n in (1, 2, 3))),
+    "microvm-raw": guest(machine="microvm", image="/images/base.img", format="raw", nics=()),
     "multi-queue": guest(cpus=2, nics=(nic(1, queues=QUEUES),)),
     "vnc": guest(vnc=3, nics=()),
     "qcow2": guest(image="/images/base.img", format="qcow2"),

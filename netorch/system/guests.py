@@ -28,9 +28,16 @@ from netorch.planner import Update
 from netorch.resources import Guest, Resource
 from netorch.system import disks
 from netorch.system.accel import accelerator
-from netorch.system.guest_processes import directory_of, run_states, running
-from netorch.system.guest_taps import open_queues
-from netorch.system.processes import Child, end, program, start
+from netorch.system.back_ends import (
+    missing_passt,
+    open_ends,
+    parts,
+    severed,
+    wire_path,
+)
+from netorch.system.guest_processes import UNREACHABLE, directory_of, run_states, running
+from netorch.system.processes import Child, end, leaders, marked, program, start
+from netorch.system.qemu_devices import lacking, qemu_devices
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.scope import Scope
 from netorch.system.services import note_start
@@ -66,16 +73,26 @@ class Guests:
         found = running(self._scope)
         guests = {key: processes[0].resource for key, processes in found.items()}
         states = run_states(self._scope, [g.name for g in guests.values() if isinstance(g, Guest)])
+        answering = [
+            guest
+            for guest in guests.values()
+            if isinstance(guest, Guest) and states[guest.name] != UNREACHABLE
+        ]
+        cut = severed(self._scope, answering)
         for key, guest in guests.items():
             assert isinstance(guest, Guest)
             state = states[guest.name] if len(found[key]) == 1 else _SEVERAL
-            yield msgspec.structs.replace(guest, state=state)
+            yield msgspec.structs.replace(guest, state=state, nics=cut.get(guest.name, guest.nics))
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
         reasons = []
-        if guests and program(QEMU) is None:
+        qemu = program(QEMU)
+        if guests and qemu is None:
             reasons.append(f"{QEMU} is not installed: {_INSTALL_QEMU}")
+        if guests and qemu is not None:
+            reasons += lacking(guests, qemu_devices(qemu))
+            reasons += missing_passt(guests)
         for image in dict.fromkeys(guest.image for guest in guests):
             reasons += self._image_reasons(image)
         for guest in guests:
@@ -105,19 +122,27 @@ class Guests:
                     qmp.ask(_RESUME[_state(change.old)])
                 done(change.new)
         if again:
-            found = running(self._scope)
-            end(self._scope, [p for change in again for p in found.get(change.new.key, ())])
+            self._end([change.old for change in again if isinstance(change.old, Guest)])
             self.create([change.new for change in again], done)
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        found = running(self._scope)
-        end(self._scope, [p for guest in unwanted for p in found.get(guest.key, ())])
+        self._end([guest for guest in unwanted if isinstance(guest, Guest)])
         for guest in unwanted:
             assert isinstance(guest, Guest)
+            for nic in guest.nics:
+                if nic.wire:
+                    wire_path(self._scope, nic).unlink(missing_ok=True)
             directory = directory_of(self._scope, guest.name)
             if directory.exists():
                 shutil.rmtree(directory)
             done(guest)
+
+    def _end(self, guests: Sequence[Guest]) -> None:
+        """End what runs for these guests."""
+        found = leaders(marked(self._scope))
+        keys = [guest.key for guest in guests]
+        keys += [passt.key for guest in guests for passt in parts(guest)]
+        end(self._scope, [process for key in keys for process in found.get(key, ())])
 
     def _image_reasons(self, image: str) -> Iterator[str]:
         try:
@@ -167,13 +192,14 @@ class Guests:
                 opened.enter_context(listen(directory / f"{name}.sock")).fileno()
                 for name in ("qmp", "serial", "agent")
             )
-            taps = tuple(
-                tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics
-            )
-            boot = self._boot(guest, opened)
-            qmp = Qmp(directory / "qmp.sock", guest.name)
             accel = accelerator() if guest.accel == "auto" else guest.accel
-            fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
+            nics = tuple(
+                open_ends(self._scope, guest, index, accel, opened)
+                for index in range(len(guest.nics))
+            )
+            boot = self._boot(guest, accel, opened)
+            qmp = Qmp(directory / "qmp.sock", guest.name)
+            fds = Descriptors(qmp_fd, serial_fd, agent_fd, nics)
             words = argv(
                 guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
             )
@@ -192,10 +218,15 @@ class Guests:
                 raise
         return _Started(guest, child, qmp)
 
-    def _boot(self, guest: Guest, opened: contextlib.ExitStack) -> Kernel | Disk:
+    def _boot(self, guest: Guest, accel: str, opened: contextlib.ExitStack) -> Kernel | Disk:
         if guest.image == "tiny":
             tiny = tiny_image(self._progress)
-            return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline)
+            words = tiny.cmdline
+            if guest.machine == "microvm" and accel == "tcg":
+                from netorch.system.tsc import tsc_khz
+
+                words += f" tsc_early_khz={tsc_khz()}"
+            return Kernel(tiny.kernel, tiny.initrd, words)
         base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
         opened.callback(os.close, base)
         return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
@@ -220,7 +251,7 @@ def _await_greeting(started: _Started) -> None:
 
 
 def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:
-    queues = [fd for tap in fds.taps for fd in tap]
+    queues = [int(fd) for ends in fds.nics for fd in (*ends.fds, *ends.vhost)]
     base = [boot.base_fd] if isinstance(boot, Disk) else []
     return [fds.qmp, fds.serial, fds.agent, *queues, *base]
 

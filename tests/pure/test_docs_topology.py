@@ -18,6 +18,7 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "`dhcp`": model.Dhcp,
     "`[guests.NAME]`": model.Guest,
     "`nics` of a guest": model.Nic,
+    "`forward` of a NIC": model.Forward,
     "`[hosts.NAME]`": model.Host,
     "`nics` of a host": model.HostNic,
     "`[taps.NAME]`": model.Taps,

@@ -27,9 +27,10 @@ LAYERS = (
     {"system"},
     {"planner"},
     {"compiler", "junit"},
+    {"guest_nics"},
     {"expectations"},
     {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"},
-    {"topology_checks", "topology_clashes", "topology_expect", "topology_shape"}
+    {"topology_checks", "topology_clashes", "topology_expect", "topology_nics", "topology_shape"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "resource", "facts", "names"},
