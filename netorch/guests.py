@@ -68,7 +68,7 @@ def argv(
             for index, nic in enumerate(guest.nics)
             for word in _nic(index, nic, fds.nics[index])
         ),
-        *(_kernel(guest, boot) if isinstance(boot, Kernel) else _disk(guest, boot)),
+        *(_kernel(guest, boot) if isinstance(boot, Kernel) else _disk(boot)),
         *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
         *_json("-device", {"driver": _virtio(guest, "rng"), "rng": "rng"}),
         *_json("-device", {"driver": _virtio(guest, "serial"), "id": "ports"}),
@@ -110,11 +110,11 @@ def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
     yield from ("-append", f"{boot.cmdline} netorch.hostname={guest.name}")
 
 
-def _disk(guest: Guest, boot: Disk) -> Iterator[str]:
+def _disk(boot: Disk) -> Iterator[str]:
     yield from ("-add-fd", f"fd={boot.base_fd},set={disk_devices.BASE_SET}")
     for node in disk_devices.blockdevs(boot):
         yield from _json("-blockdev", node)
-    yield from _json("-device", disk_devices.device() | {"driver": _virtio(guest, "blk")})
+    yield from _json("-device", disk_devices.device())
 
 
 def _virtio(guest: Guest, kind: str) -> str:

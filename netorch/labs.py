@@ -6,7 +6,7 @@ apply fails that made it, destroyed after everything else: it is the one thing t
 from inside.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 import msgspec
@@ -20,12 +20,13 @@ from netorch.errors import NetorchError, ReadyError
 from netorch.facts import Facts
 from netorch.model import Topology
 from netorch.nic_devices import idle_queues
-from netorch.planner import Plan, diff
+from netorch.planner import Action, Plan, diff
 from netorch.resources import Guest, Resource, Ruleset
 from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, with_names
 from netorch.system import Adapter, System, confirmation, rundir
 from netorch.system.confirmation import Pending, Watchdog
+from netorch.system.endings import Ending, endings
 from netorch.system.places import (
     Place,
     create_private,
@@ -60,6 +61,7 @@ class Standing(msgspec.Struct, frozen=True):
     desired: State | None
     observed: State
     pending: Pending | None = None  # a confirmation
+    endings: Mapping[str, Ending] = {}  # of guests that are missing
 
     def rows(self) -> list[tuple[str, str, Resource]]:
         """(ok | missing | changed | stray, key, resource), in the order of the desired state."""
@@ -211,7 +213,8 @@ def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     record = rundir.recorded(lab.run)
     if record is None:
         return Standing(lab, None, observed, waiting)
-    return Standing(lab, _desired(lab, topology_of(record), record.source), observed, waiting)
+    desired = _desired(lab, topology_of(record), record.source)
+    return Standing(lab, desired, observed, waiting, endings(lab.scope))
 
 
 def intended(lab: Lab) -> tuple[Topology, State]:
@@ -232,7 +235,7 @@ def intended(lab: Lab) -> tuple[Topology, State]:
 def teardown(lab: Lab, progress: Progress) -> list[str]:
     """Take the lab away by its marks alone. Returns what could not be deleted, in words."""
     from netorch.system.netns_directory import remove_directory
-    from netorch.system.processes import end, marked
+    from netorch.system.processes import end_all
 
     with rundir.locked(lab.run):
         confirmation.call_off(lab.name, lab.run)
@@ -242,7 +245,7 @@ def teardown(lab: Lab, progress: Progress) -> list[str]:
             errors: list[str] = []
         else:
             errors = engine.teardown(machine(lab.scope), progress)
-            end(lab.scope, marked(lab.scope))  # what `exec` left running, or another version
+            end_all(lab.scope)  # what `exec` left running, or another version
             remove_directory(lab.scope.namespaces)
         if not errors:
             rundir.remove(lab.scope)
@@ -267,7 +270,6 @@ def _apply_here(
         if watchdog is not None:
             (watchdog.applied if plan else watchdog.cancel)()
         from netorch.system.firewall import foreign_drops
-        from netorch.system.leases import wait_ready
 
         if plan and desired.of(Ruleset):
             for drop in foreign_drops():
@@ -276,11 +278,24 @@ def _apply_here(
         for guest in desired.of(Guest) if plan else ():
             for line in idle_queues(guest):
                 progress.warn(line)
-        wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
+        readiness.all(plan)
+
+    from netorch.system.memory import refuse_too_much
+    from netorch.system.readiness import Readiness
 
     only = {type(resource) for resource in desired} if fresh else None
     adapters = machine(lab.scope, progress.waiting, progress.warn, only)
-    return engine.apply(adapters, desired, progress, ready, EMPTY if fresh else None)
+    readiness = Readiness(
+        lab.scope, topology.guests, desired, topology.lab.timeout, progress.waiting
+    )
+    known = EMPTY if fresh else None
+
+    def before(step: Sequence[Action], plan: Plan) -> None:
+        if not topology.lab.overcommit:
+            refuse_too_much(plan)
+        readiness.before(step, plan)
+
+    return engine.apply(adapters, desired, progress, ready, before, observed=known)
 
 
 def _outside(name: str, run: Path) -> Scope:

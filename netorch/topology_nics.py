@@ -17,7 +17,9 @@ Doubt = tuple[Key, str, str, tuple[Key, ...]]
 MICROVM = "microvm"
 _MMIO = "virtio-net-device"
 _SEVERAL_QUEUES = ("virtio-net-pci", _MMIO)
-MICROVM_NICS = 21  # of a microvm's 24 places (hw/i386/microvm.c); others have disk, port and rng
+MICROVM_NICS = (
+    21  # of a microvm's 24 places (hw/i386/microvm.c); the others are for its disk, port and rng
+)
 _EVERY = "0.0.0.0"
 
 
@@ -46,6 +48,9 @@ def _machine(path: Key, guest: Guest) -> Iterator[Doubt]:
     if guest.machine != MICROVM:
         return
     machine = ((*path, "machine"),)
+    if guest.image != "tiny":
+        message = f"a microvm does not boot from {quoted(guest.image)}: its firmware starts no disk"
+        yield (*path, "image"), message, '"tiny", or machine = "q35"', machine
     if guest.vnc is not None:
         yield (*path, "vnc"), "a microvm has no screen", "netorch console shows it", machine
     if len(guest.nics) > MICROVM_NICS:

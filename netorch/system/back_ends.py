@@ -22,9 +22,9 @@ from netorch.nic_devices import WIRES, Ends, passt_options, wants_vhost
 from netorch.resources import Guest, GuestNic, Passt
 from netorch.system.guest_processes import directory_of
 from netorch.system.guest_taps import open_queues
-from netorch.system.processes import program, start
 from netorch.system.qmp import Qmp, QmpError
 from netorch.system.scope import Scope
+from netorch.system.starting import program, start
 
 _VHOST = "/dev/vhost-net"
 _PASST_SECONDS = 10.0
@@ -72,14 +72,13 @@ def severed(scope: Scope, guests: Iterable[Guest]) -> Mapping[str, tuple[GuestNi
     """The NICs of those guests whose QEMU has lost a passt, each such NIC with backend "none"."""
     found = {}
     for guest in guests:
-        indices = [index for index, nic in enumerate(guest.nics) if nic.backend == "passt"]
-        if not indices:
+        if not any(nic.backend == "passt" for nic in guest.nics):
             continue
         with contextlib.suppress(QmpError):  # it has ended meanwhile
-            ended = {f"net{i}: index=0,type=stream," for i in indices} & _back_ends(scope, guest.name)
+            said = _back_ends(scope, guest.name)
             found[guest.name] = tuple(
                 msgspec.structs.replace(nic, backend="none")
-                if f"net{index}: index=0,type=stream," in ended
+                if nic.backend == "passt" and f"net{index}: index=0,type=stream," in said
                 else nic
                 for index, nic in enumerate(guest.nics)
             )

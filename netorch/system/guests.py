@@ -22,8 +22,8 @@ from typing import NamedTuple
 import msgspec
 
 from netorch.disk_devices import Disk
-from netorch.errors import ImageError, KernelError, MissingError, NetorchError
-from netorch.guests import Descriptors, Kernel, argv
+from netorch.errors import ImageError, MissingError, NetorchError
+from netorch.guests import Descriptors, Kernel, argv, needs_network
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
 from netorch.system import disks
@@ -35,19 +35,28 @@ from netorch.system.back_ends import (
     severed,
     wire_path,
 )
-from netorch.system.guest_processes import UNREACHABLE, directory_of, run_states, running
-from netorch.system.processes import Child, end, leaders, marked, program, start
+from netorch.system.guest_processes import (
+    UNREACHABLE,
+    directory_of,
+    end_guests,
+    run_states,
+    running,
+)
+from netorch.system.processes import end, leaders, marked
 from netorch.system.qemu_devices import lacking, qemu_devices
 from netorch.system.qmp import Qmp, QmpError, listen
+from netorch.system.readiness import start_line
 from netorch.system.scope import Scope
 from netorch.system.services import note_start
+from netorch.system.starting import Child, Start, program, start_all
 from netorch.system.tiny import tiny_image
 
 QEMU = "qemu-system-x86_64"
 _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qemu-system-x86)"
 
-# Each guest takes two descriptors while it starts, and 1024 is the usual limit of a process.
-_AT_ONCE = 200
+# What guests that start side by side may have open: 1024 descriptors are the usual limit.
+_DESCRIPTORS = 800
+_EACH = 6  # three sockets, the connection, the base image and the process itself
 
 # How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
 _RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
@@ -106,8 +115,8 @@ class Guests:
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
         errors: list[NetorchError] = []
-        for first in range(0, len(guests), _AT_ONCE):
-            self._create(guests[first : first + _AT_ONCE], done, errors)
+        for batch in _batches(guests):
+            self._create(batch, done, errors)
         if errors:
             raise errors[0]
 
@@ -133,6 +142,8 @@ class Guests:
                 if nic.wire:
                     wire_path(self._scope, nic).unlink(missing_ok=True)
             directory = directory_of(self._scope, guest.name)
+            # First: from here on the keeper has nothing to write there.
+            (directory / "process").unlink(missing_ok=True)
             if directory.exists():
                 shutil.rmtree(directory)
             done(guest)
@@ -140,9 +151,9 @@ class Guests:
     def _end(self, guests: Sequence[Guest]) -> None:
         """End what runs for these guests."""
         found = leaders(marked(self._scope))
-        keys = [guest.key for guest in guests]
-        keys += [passt.key for guest in guests for passt in parts(guest)]
-        end(self._scope, [process for key in keys for process in found.get(key, ())])
+        end_guests(self._scope, [p for guest in guests for p in found.get(guest.key, ())])
+        passts = [passt for guest in guests for passt in parts(guest)]
+        end(self._scope, [p for passt in passts for p in found.get(passt.key, ())])
 
     def _image_reasons(self, image: str) -> Iterator[str]:
         try:
@@ -169,9 +180,18 @@ class Guests:
             raise MissingError(f"{QEMU} is not installed", _INSTALL_QEMU)
         note_start(self._scope, [guest.key for guest in guests])
         started = []
-        for guest in guests:
-            with _collected(errors):
-                started.append(self._start(qemu, guest))
+        with contextlib.ExitStack() as opened:
+            prepared = []
+            for guest in guests:
+                with _collected(errors):
+                    prepared.append(self._prepare(qemu, guest, opened))
+            children = start_all(self._scope, [start for _guest, _qmp, start in prepared])
+            for (guest, qmp, _start), child in zip(prepared, children, strict=True):
+                if isinstance(child, Child):
+                    started.append(_Started(guest, child, qmp))
+                else:
+                    qmp.close()
+                    errors.append(child)
         greeted = []
         for process in started:
             with _collected(errors):
@@ -183,40 +203,38 @@ class Guests:
                 process.child.close()
                 done(process.guest)
 
-    def _start(self, qemu: str, guest: Guest) -> _Started:
+    def _prepare(
+        self, qemu: str, guest: Guest, opened: contextlib.ExitStack
+    ) -> tuple[Guest, Qmp, Start]:
+        """Open what QEMU is to inherit, and connect to the socket that it will answer at."""
         directory = directory_of(self._scope, guest.name)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (directory / "serial.log").open("a") as log:
+            log.write(start_line(guest.name))
         relative = directory.relative_to(self._scope.run)
-        with contextlib.ExitStack() as opened:
-            qmp_fd, serial_fd, agent_fd = (
-                opened.enter_context(listen(directory / f"{name}.sock")).fileno()
-                for name in ("qmp", "serial", "agent")
-            )
-            accel = accelerator() if guest.accel == "auto" else guest.accel
-            nics = tuple(
-                open_ends(self._scope, guest, index, accel, opened)
-                for index in range(len(guest.nics))
-            )
-            boot = self._boot(guest, accel, opened)
-            qmp = Qmp(directory / "qmp.sock", guest.name)
-            fds = Descriptors(qmp_fd, serial_fd, agent_fd, nics)
-            words = argv(
-                guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
-            )
-            try:
-                child = start(
-                    self._scope,
-                    guest,
-                    words,
-                    log=directory / "qemu.log",
-                    pass_fds=_numbers(fds, boot),
-                    capabilities=(),
-                    daemon=True,
-                )
-            except KernelError:
-                qmp.close()
-                raise
-        return _Started(guest, child, qmp)
+        qmp_fd, serial_fd, agent_fd = (
+            opened.enter_context(listen(directory / f"{name}.sock")).fileno()
+            for name in ("qmp", "serial", "agent")
+        )
+        accel = accelerator() if guest.accel == "auto" else guest.accel
+        nics = tuple(
+            open_ends(self._scope, guest, index, accel, opened) for index in range(len(guest.nics))
+        )
+        boot = self._boot(guest, accel, opened)
+        fds = Descriptors(qmp_fd, serial_fd, agent_fd, nics)
+        words = argv(
+            guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
+        )
+        start = Start(
+            guest,
+            words,
+            log=directory / "qemu.log",
+            pass_fds=_numbers(fds, boot),
+            capabilities=(),
+            apart=not needs_network(guest),
+            kept=directory,
+        )
+        return guest, Qmp(directory / "qmp.sock", guest.name), start
 
     def _boot(self, guest: Guest, accel: str, opened: contextlib.ExitStack) -> Kernel | Disk:
         if guest.image == "tiny":
@@ -248,6 +266,20 @@ def _await_greeting(started: _Started) -> None:
             raise
         cause = output or "QEMU ended and said nothing"
         raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
+
+
+def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
+    batch: list[Guest] = []
+    left = _DESCRIPTORS
+    for guest in guests:
+        needed = _EACH + sum(2 * nic.queues for nic in guest.nics)  # each may have vhost
+        if batch and needed > left:
+            yield batch
+            batch, left = [], _DESCRIPTORS
+        batch.append(guest)
+        left -= needed
+    if batch:
+        yield batch
 
 
 def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:

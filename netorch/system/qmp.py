@@ -62,6 +62,7 @@ def listen(path: Path) -> socket.socket:
     """A Unix socket that listens at `path`, for QEMU to inherit."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
+    os.fchmod(listener.fileno(), 0o600)  # the mode of the file that bind makes
     with socket_path(path) as short:
         listener.bind(short)
     listener.listen()
@@ -155,10 +156,12 @@ class Qmp(_Lines):
 class Agent(_Lines):
     """A session with the agent inside a guest."""
 
-    def __init__(self, path: Path, guest: str) -> None:
-        """Connect and synchronize. Raises UsageError without guest, ReadyError without agent."""
+    def __init__(self, path: Path, guest: str, seconds: float = _AGENT_SECONDS) -> None:
+        """Connect and synchronize, within `seconds`. Raises UsageError without guest, ReadyError
+        without agent.
+        """
         try:
-            client = connect(path, _AGENT_SECONDS)
+            client = connect(path, seconds)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise UsageError(f"guest {guest} does not run") from error
         super().__init__(client, f"the guest agent of {guest}")
