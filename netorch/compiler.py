@@ -12,6 +12,7 @@ import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
+from netorch.guest_disks import disks_of, storage_of
 from netorch.guest_nics import guest_nics, user_subnets
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
 from netorch.names import bridge_name, tap_name, tap_names, veth_name
@@ -30,7 +31,6 @@ from netorch.resources import (
     Dnsmasq,
     Forwarding,
     Namespace,
-    Overlay,
     Record,
     Resource,
     Tap,
@@ -96,8 +96,7 @@ class _Compiler:
             if segment.gateway and (segment.dhcp_first or segment.dns):
                 yield self._dnsmasq(segment)
         for name, guest in self.topology.guests.items():
-            if guest.image != "tiny":
-                yield Overlay(guest=name, image=guest.image, format=self._format(guest))
+            yield from storage_of(name, guest, disks_of(guest, self.facts.formats))
             yield self._guest(name, guest)
 
     def _bridge(self, name: str, segment: Segment) -> Bridge:
@@ -290,7 +289,6 @@ class _Compiler:
         return RunningGuest(
             name=name,
             image=guest.image,
-            format=self._format(guest),
             machine=guest.machine,
             accel=guest.accel,
             memory=memory_mib(guest.memory),
@@ -302,17 +300,9 @@ class _Compiler:
                 subnets=user_subnets(self.gateways.values()),
                 helpers=self.bridges if self.facts.helper else None,
             ),
+            disks=disks_of(guest, self.facts.formats),
             networks=tuple(served),
             vnc=-1 if guest.vnc is None else guest.vnc,
-        )
-
-    def _format(self, guest: Guest) -> str:
-        if guest.image == "tiny":
-            return ""
-        return (
-            self.facts.formats.get(guest.image, guest.format)
-            if guest.format == "auto"
-            else guest.format
         )
 
 

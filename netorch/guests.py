@@ -1,20 +1,21 @@
 """QEMU's command line for a guest: pure rendering.
 
 Whatever QEMU has to open is opened by netorch and handed over as a descriptor: taps, the listening
-sockets of QMP, serial console and guest agent, and the base image. So QEMU needs no capability and
-no path of the person's own, and who connects to a socket need not wait until QEMU has made it.
+sockets of QMP, serial console and guest agent, and the files behind disks. So QEMU needs no
+capability and no path of the person's own, and who connects to a socket need not wait until QEMU
+has made it.
 Options that hold values of the person's are JSON where QEMU takes JSON: no comma in a value can
 become an option. The guest starts stopped (-S); netorch lets it run by QMP when all is in place.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from netorch import disk_devices, nic_devices
-from netorch.disk_devices import Disk
+from netorch.disk_devices import Source
 from netorch.nic_devices import Ends
 from netorch.resources import Guest, GuestNic
 
@@ -39,18 +40,29 @@ class Kernel(msgspec.Struct, frozen=True):
 
 
 class Descriptors(msgspec.Struct, frozen=True):
-    """What QEMU inherits: listening Unix sockets, and for each NIC what its back-end needs."""
+    """What QEMU inherits: listening Unix sockets, for each NIC what its back-end needs, and for
+    each disk its files (`netorch.disk_devices.blockdevs`).
+    """
 
     qmp: int
     serial: int
     agent: int
     nics: tuple[Ends, ...] = ()
+    disks: tuple[tuple[Source, ...], ...] = ()
+
+    def numbers(self) -> list[int]:
+        """All of them."""
+        back_ends = [int(fd) for ends in self.nics for fd in (*ends.fds, *ends.vhost)]
+        files = [source.fd for disk in self.disks for source in disk]
+        return [self.qmp, self.serial, self.agent, *back_ends, *files]
 
 
 def argv(
-    guest: Guest, *, program: str, accel: str, boot: Kernel | Disk, fds: Descriptors, log: str
+    guest: Guest, *, program: str, accel: str, kernel: Kernel | None, fds: Descriptors, log: str
 ) -> list[str]:
-    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's."""
+    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's.
+    Without a `kernel` the guest boots from a disk.
+    """
     return [
         *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-S"),
@@ -68,7 +80,8 @@ def argv(
             for index, nic in enumerate(guest.nics)
             for word in _nic(index, nic, fds.nics[index])
         ),
-        *(_kernel(guest, boot) if isinstance(boot, Kernel) else _disk(boot)),
+        *(_kernel(guest, kernel) if kernel else ()),
+        *_disks(guest, fds.disks),
         *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
         *_json("-device", {"driver": _virtio(guest, "rng"), "rng": "rng"}),
         *_json("-device", {"driver": _virtio(guest, "serial"), "id": "ports"}),
@@ -110,11 +123,9 @@ def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
     yield from ("-append", f"{boot.cmdline} netorch.hostname={guest.name}")
 
 
-def _disk(boot: Disk) -> Iterator[str]:
-    yield from ("-add-fd", f"fd={boot.base_fd},set={disk_devices.BASE_SET}")
-    for node in disk_devices.blockdevs(boot):
-        yield from _json("-blockdev", node)
-    yield from _json("-device", disk_devices.device())
+def _disks(guest: Guest, sources: Sequence[Sequence[Source]]) -> Iterator[str]:
+    for option, value in disk_devices.options(guest.disks, sources):
+        yield from (option, value) if isinstance(value, str) else _json(option, value)
 
 
 def _virtio(guest: Guest, kind: str) -> str:

@@ -51,6 +51,9 @@ def _machine(path: Key, guest: Guest) -> Iterator[Doubt]:
     if guest.image != "tiny":
         message = f"a microvm does not boot from {quoted(guest.image)}: its firmware starts no disk"
         yield (*path, "image"), message, '"tiny", or machine = "q35"', machine
+    if guest.disks:
+        message = "disks are PCI devices, and a microvm has no PCI"
+        yield (*path, "disks"), message, 'machine = "q35" has them', machine
     if guest.vnc is not None:
         yield (*path, "vnc"), "a microvm has no screen", "netorch console shows it", machine
     if len(guest.nics) > MICROVM_NICS:

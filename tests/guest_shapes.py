@@ -3,7 +3,7 @@
 import msgspec
 
 from netorch.model import Forward
-from netorch.resources import Guest, GuestNic
+from netorch.resources import DiskLayer, Guest, GuestDisk, GuestNic
 
 QUEUES = 8
 
@@ -12,7 +12,6 @@ def guest(**changes: object) -> Guest:
     fields: dict[str, object] = {
         "name": "vm1",
         "image": "tiny",
-        "format": "",
         "machine": "q35",
         "accel": "tcg",
         "memory": 128,
@@ -36,6 +35,18 @@ FORWARD = (
     Forward(port=5353, to=53, protocol="udp", address="0.0.0.0"),
 )
 
+
+def image_disk(format: str, path: str = "/images/base.img") -> GuestDisk:
+    """The disk of a guest with an image."""
+    layers = (DiskLayer(path, format),)
+    return disk("image", "virtio", use="overlay", layers=layers, bootindex=1)
+
+
+def disk(name: str, bus: str, **changes: object) -> GuestDisk:
+    fields: dict[str, object] = {"name": name, "bus": bus, "serial": name, "use": "volume"}
+    return GuestDisk(**{**fields, **changes})  # type: ignore[arg-type]
+
+
 SHAPES = {
     "tiny": guest(),
     "tiny-pc": guest(machine="pc", cpus=2, memory=192),
@@ -53,8 +64,8 @@ SHAPES = {
     "microvm": guest(machine="microvm", nics=tuple(nic(n, "virtio-net-device") for n in (1, 2, 3))),
     "multi-queue": guest(cpus=QUEUES, nics=(nic(1, queues=QUEUES),)),
     "vnc": guest(vnc=3, nics=()),
-    "qcow2": guest(image="/images/base.img", format="qcow2"),
-    "raw": guest(image="/images/base.img", format="raw", machine="pc"),
+    "qcow2": guest(image="/images/base.img", disks=(image_disk("qcow2"),)),
+    "raw": guest(image="/images/base.img", disks=(image_disk("raw"),), machine="pc"),
 }
 
 # tests/qemu/labs/test_nic_table.py boots what these have.

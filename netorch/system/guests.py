@@ -13,20 +13,18 @@ its disk caches and quit, as its `quit` does, and needs no socket.
 """
 
 import contextlib
-import os
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from netorch.disk_devices import Disk
 from netorch.errors import ImageError, MissingError, NetorchError
 from netorch.guests import Descriptors, Kernel, argv, needs_network
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import disks
+from netorch.system import disk_checks
 from netorch.system.accel import accelerator
 from netorch.system.back_ends import (
     missing_passt,
@@ -35,6 +33,7 @@ from netorch.system.back_ends import (
     severed,
     wire_path,
 )
+from netorch.system.disks import open_disk
 from netorch.system.guest_processes import (
     UNREACHABLE,
     directory_of,
@@ -56,7 +55,7 @@ _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qe
 
 # What guests that start side by side may have open: 1024 descriptors are the usual limit.
 _DESCRIPTORS = 800
-_EACH = 6  # three sockets, the connection, the base image and the process itself
+_EACH = 5  # three sockets, the connection and the process itself
 
 # How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
 _RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
@@ -102,15 +101,9 @@ class Guests:
         if guests and qemu is not None:
             reasons += lacking(guests, qemu_devices(qemu))
             reasons += missing_passt(guests)
-        for image in dict.fromkeys(guest.image for guest in guests):
-            reasons += self._image_reasons(image)
-        for guest in guests:
-            if guest.image != "tiny" and disks.outdated(self._scope, guest):
-                reasons.append(
-                    f"image {guest.image} was written to after the disk of guest {guest.name} was "
-                    "made from it: take the guest out of the file and apply, then start it anew"
-                )
-        return reasons
+        if any(guest.image == "tiny" for guest in guests):
+            reasons += self._tiny_reasons()
+        return reasons + disk_checks.reasons(self._scope, guests)
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
@@ -155,22 +148,11 @@ class Guests:
         passts = [passt for guest in guests for passt in parts(guest)]
         end(self._scope, [p for passt in passts for p in found.get(passt.key, ())])
 
-    def _image_reasons(self, image: str) -> Iterator[str]:
+    def _tiny_reasons(self) -> Iterator[str]:
         try:
-            if image == "tiny":
-                tiny_image(self._progress)
-                return
-            image_format = disks.image_format(Path(image))
+            tiny_image(self._progress)
         except ImageError as error:
             yield f"{error.message}: {error.hint}" if error.hint else error.message
-            return
-        if image_format == "qcow2" and (backing := disks.backing(Path(image))[0]):
-            yield (
-                f"image {image} is itself an overlay, of {backing}: make one that stands alone "
-                f"with `qemu-img convert -O qcow2 {image} NEW`"
-            )
-        if writer := disks.writer(Path(image)):
-            yield f"image {image} is being written to by {writer}: shut that down, or use a copy"
 
     def _create(
         self, guests: list[Guest], done: Callable[[Resource], None], errors: list[NetorchError]
@@ -220,34 +202,35 @@ class Guests:
         nics = tuple(
             open_ends(self._scope, guest, index, accel, opened) for index in range(len(guest.nics))
         )
-        boot = self._boot(guest, accel, opened)
-        fds = Descriptors(qmp_fd, serial_fd, agent_fd, nics)
-        words = argv(
-            guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
+        sets = itertools.count(1)
+        files = tuple(
+            open_disk(self._scope, guest.name, disk, sets, opened) for disk in guest.disks
         )
+        kernel = self._kernel(guest, accel)
+        fds = Descriptors(qmp_fd, serial_fd, agent_fd, nics, files)
+        console = f"{relative}/serial.log"
+        words = argv(guest, program=qemu, accel=accel, kernel=kernel, fds=fds, log=console)
         start = Start(
             guest,
             words,
             log=directory / "qemu.log",
-            pass_fds=_numbers(fds, boot),
+            pass_fds=fds.numbers(),
             capabilities=(),
             apart=not needs_network(guest),
             kept=directory,
         )
         return guest, Qmp(directory / "qmp.sock", guest.name), start
 
-    def _boot(self, guest: Guest, accel: str, opened: contextlib.ExitStack) -> Kernel | Disk:
-        if guest.image == "tiny":
-            tiny = tiny_image(self._progress)
-            words = tiny.cmdline
-            if guest.machine == "microvm" and accel == "tcg":
-                from netorch.system.tsc import tsc_khz
+    def _kernel(self, guest: Guest, accel: str) -> Kernel | None:
+        if guest.image != "tiny":
+            return None
+        tiny = tiny_image(self._progress)
+        words = tiny.cmdline
+        if guest.machine == "microvm" and accel == "tcg":
+            from netorch.system.tsc import tsc_khz
 
-                words += f" tsc_early_khz={tsc_khz()}"
-            return Kernel(tiny.kernel, tiny.initrd, words)
-        base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
-        opened.callback(os.close, base)
-        return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
+            words += f" tsc_early_khz={tsc_khz()}"
+        return Kernel(tiny.kernel, tiny.initrd, words)
 
 
 def _state(resource: Resource) -> str:
@@ -273,6 +256,7 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
     left = _DESCRIPTORS
     for guest in guests:
         needed = _EACH + sum(2 * nic.queues for nic in guest.nics)  # each may have vhost
+        needed += sum(len(disk.layers) + 1 for disk in guest.disks)
         if batch and needed > left:
             yield batch
             batch, left = [], _DESCRIPTORS
@@ -280,12 +264,6 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
         left -= needed
     if batch:
         yield batch
-
-
-def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:
-    queues = [int(fd) for ends in fds.nics for fd in (*ends.fds, *ends.vhost)]
-    base = [boot.base_fd] if isinstance(boot, Disk) else []
-    return [fds.qmp, fds.serial, fds.agent, *queues, *base]
 
 
 @contextlib.contextmanager

@@ -39,11 +39,12 @@ LAYERS = (
         "qemu_options",
         "nic_devices",
         "disk_devices",
+        "guest_disks",
         "topology",
         "schema",
     },
-    {"topology_checks", "topology_clashes", "topology_expect", "topology_shape", "topology_order"}
-    | {"topology_nics"}
+    {"topology_checks", "topology_clashes", "topology_disks", "topology_expect"}
+    | {"topology_nics", "topology_shape", "topology_order"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "resource", "facts", "names"},

@@ -233,7 +233,7 @@ def test_taps_for_a_machine_that_something_else_starts(machine: Machine) -> None
 
 
 def test_golden_files_are_all_exercised(machine: Machine) -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == {"guests", "mistakes", "states"}
+    assert {path.name for path in GOLDEN.iterdir()} == {"disks", "guests", "mistakes", "states"}
     assert {path.stem for path in (GOLDEN / "guests").iterdir()} == set(SHAPES)
     sources = [path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py")]
     for kind in (GOLDEN / "states", TOPOLOGIES):
