@@ -302,8 +302,15 @@ class _Compiler:
             ),
             disks=disks_of(guest, self.facts.formats),
             networks=tuple(served),
-            vnc=-1 if guest.vnc is None else guest.vnc,
+            vnc=_display(guest),
+            video=guest.video or ("" if guest.vnc is False else "VGA"),
         )
+
+
+def _display(guest: Guest) -> str:
+    if isinstance(guest.vnc, bool):
+        return "socket" if guest.vnc else ""
+    return str(guest.vnc)
 
 
 def _gateway_of(nic: HostNic, segment: Segment) -> str:

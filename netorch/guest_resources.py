@@ -126,8 +126,9 @@ class Guest(Resource, frozen=True):
     """A running QEMU. `image` is `tiny` or an absolute path, then also that of the first disk;
     `memory` is in MiB.
 
-    `vnc` is a display number on loopback, -1 for none. `networks` are those whose services it waits
-    for. `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
+    `vnc` is `socket`, for one in the run directory, or a display number on loopback, "" for none;
+    `video` is the display adapter, "" for none. `networks` are those whose services it waits for.
+    `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"state"})
@@ -140,7 +141,8 @@ class Guest(Resource, frozen=True):
     nics: tuple[GuestNic, ...] = ()
     disks: tuple[GuestDisk, ...] = ()
     networks: tuple[str, ...] = ()
-    vnc: int = -1
+    vnc: str = ""
+    video: str = ""
     state: str = "running"
 
     @property

@@ -89,15 +89,16 @@ def argv(
             "-device",
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
         ),
-        *_screen(guest.vnc),
+        *screen(guest),
     ]
 
 
 def needs_network(guest: Guest) -> bool:
-    """Does its QEMU itself open sockets in the lab's network namespace? All else it is handed, or
-    has as Unix sockets.
+    """Whether QEMU itself opens connections or ports, in the network namespace that it runs in.
+    All else it is handed, or has as Unix sockets.
     """
-    return guest.vnc >= 0 or any(nic.backend == "user" for nic in guest.nics)
+    listens = guest.vnc not in ("", "socket")
+    return listens or any(nic.backend == "user" for nic in guest.nics)
 
 
 def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
@@ -133,10 +134,21 @@ def _virtio(guest: Guest, kind: str) -> str:
     return f"virtio-{kind}-{'device' if guest.machine == 'microvm' else 'pci'}"
 
 
-def _screen(display: int) -> Iterator[str]:
-    if display >= 0:
-        yield from ("-vnc", f"127.0.0.1:{display}")
-        yield from _json("-device", {"driver": "VGA"})
+def screen(guest: Guest) -> Iterator[str]:
+    """The display adapter, and where VNC viewers find it. The path is from QEMU's directory, the
+    lab's: a socket's has at most 107 bytes.
+    """
+    if guest.vnc == "socket":
+        yield from ("-vnc", f"unix:{vnc_socket(guest.name)}")
+    elif guest.vnc:
+        yield from ("-vnc", f"127.0.0.1:{guest.vnc}")
+    if guest.video:
+        yield from _json("-device", {"driver": guest.video})
+
+
+def vnc_socket(guest: str) -> str:
+    """The path of a guest's VNC socket, from the run directory of the lab."""
+    return f"guests/{guest}/vnc.sock"
 
 
 def _json(option: str, value: dict[str, object]) -> tuple[str, str]:

@@ -185,7 +185,8 @@ class Guest(_Table, frozen=True):
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
     machine: Literal["q35", "pc", "microvm"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
-    vnc: Annotated[int, Meta(ge=0, le=59635)] | None = None
+    vnc: bool | Annotated[int, Meta(ge=0, le=59635)] = False
+    video: Literal["VGA", "virtio-vga"] | None = None
     nics: tuple[Nic, ...] = ()
     disks: tuple[Disk, ...] = ()
     after: tuple[Name, ...] = ()  # guests that have to be ready first

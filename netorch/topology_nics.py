@@ -54,8 +54,9 @@ def _machine(path: Key, guest: Guest) -> Iterator[Doubt]:
     if guest.disks:
         message = "disks are PCI devices, and a microvm has no PCI"
         yield (*path, "disks"), message, 'machine = "q35" has them', machine
-    if guest.vnc is not None:
-        yield (*path, "vnc"), "a microvm has no screen", "netorch console shows it", machine
+    for key, absent in (("vnc", False), ("video", None)):
+        if getattr(guest, key) is not absent:
+            yield (*path, key), "a microvm has no screen", "netorch console shows it", machine
     if len(guest.nics) > MICROVM_NICS:
         message = f"a microvm has room for {MICROVM_NICS} NICs, not for {len(guest.nics)}"
         yield (*path, "nics"), message, 'machine = "q35" has more', machine

@@ -63,7 +63,8 @@ SHAPES = {
     ),
     "microvm": guest(machine="microvm", nics=tuple(nic(n, "virtio-net-device") for n in (1, 2, 3))),
     "multi-queue": guest(cpus=QUEUES, nics=(nic(1, queues=QUEUES),)),
-    "vnc": guest(vnc=3, nics=()),
+    "vnc": guest(vnc="3", video="VGA", nics=()),
+    "vnc-socket": guest(vnc="socket", video="virtio-vga", nics=()),
     "qcow2": guest(image="/images/base.img", disks=(image_disk("qcow2"),)),
     "raw": guest(image="/images/base.img", disks=(image_disk("raw"),), machine="pc"),
 }

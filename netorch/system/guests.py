@@ -21,7 +21,7 @@ from typing import NamedTuple
 import msgspec
 
 from netorch.errors import ImageError, MissingError, NetorchError
-from netorch.guests import Descriptors, Kernel, argv, needs_network
+from netorch.guests import Descriptors, Kernel, argv, needs_network, vnc_socket
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
 from netorch.system import disk_checks
@@ -182,6 +182,8 @@ class Guests:
         for process in greeted:
             with _collected(errors), process.qmp:
                 process.qmp.ask("cont")
+                if process.guest.vnc == "socket":  # QEMU made it, by the person's umask
+                    (self._scope.run / vnc_socket(process.guest.name)).chmod(0o600)
                 process.child.close()
                 done(process.guest)
 
@@ -225,12 +227,13 @@ class Guests:
         if guest.image != "tiny":
             return None
         tiny = tiny_image(self._progress)
+        kernel = tiny.vmlinuz if guest.video else tiny.kernel
         words = tiny.cmdline
         if guest.machine == "microvm" and accel == "tcg":
             from netorch.system.tsc import tsc_khz
 
             words += f" tsc_early_khz={tsc_khz()}"
-        return Kernel(tiny.kernel, tiny.initrd, words)
+        return Kernel(kernel, tiny.initrd, words)
 
 
 def _state(resource: Resource) -> str:

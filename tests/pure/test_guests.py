@@ -179,7 +179,8 @@ def test_passt_has_a_socket_of_its_own_and_forwards_only_what_it_is_told() -> No
 def test_who_needs_the_labs_network_namespace() -> None:
     assert not needs_network(guest(nics=(nic(1), back_end(2, "passt"), back_end(3, "wire"))))
     assert needs_network(guest(nics=(nic(1), back_end(2, "user"))))
-    assert needs_network(guest(vnc=3))
+    assert needs_network(guest(vnc="3"))
+    assert not needs_network(guest(vnc="socket"))
 
 
 def test_queues_without_a_processor_are_told_of() -> None:

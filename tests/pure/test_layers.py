@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "netorch"
 LAYERS = (
     {"__main__"},
     {"cli", "watchdog"},
+    {"cli_access"},
     {"pytest_plugin"},
     {"needs"},
     {"api"},
@@ -20,9 +21,9 @@ LAYERS = (
     {"starter"},
     {"agent", "agents"},
     {"wire"},
-    {"guest_cli"},
+    {"guest_cli", "cli_access"},
     {"cli_options"},
-    {"watcher"},
+    {"watcher", "access"},
     {"report", "nodes", "verify", "picture", "lifecycle", "tap_report"},
     {"labs"},
     {"whereabouts", "surroundings", "bridging", "tap_queues"},
@@ -42,6 +43,8 @@ LAYERS = (
         "guest_disks",
         "topology",
         "schema",
+        "keys",
+        "png",
     },
     {"topology_checks", "topology_clashes", "topology_disks", "topology_expect"}
     | {"topology_nics", "topology_shape", "topology_order"}
