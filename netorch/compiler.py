@@ -13,6 +13,7 @@ import msgspec
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
 from netorch.guest_disks import disks_of, storage_of
+from netorch.guest_nics import guest_nics, user_subnets
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Nic, Taps, Topology
 from netorch.names import bridge_name, tap_id, tap_name, tap_names, veth_name
 from netorch.networks import (
@@ -29,7 +30,6 @@ from netorch.resources import (
     DhcpClient,
     Dnsmasq,
     Forwarding,
-    GuestNic,
     Namespace,
     Record,
     Resource,
@@ -69,7 +69,8 @@ class _Compiler:
         self.gateways = gateways(topology, facts)
         self.nics: dict[str, list[tuple[str, int, Nic | HostNic]]] = {}
         for node, index, nic in nics_of(topology):
-            self.nics.setdefault(nic.network, []).append((node, index, nic))
+            if nic.network is not None:
+                self.nics.setdefault(nic.network, []).append((node, index, nic))
         modes = {network.mode for network in topology.networks.values()}
         self.routed = not modes.isdisjoint(("nat", "route", "open"))
         self.bridges = {name: bridge_name(name, net) for name, net in topology.networks.items()}
@@ -241,7 +242,7 @@ class _Compiler:
 
     def _guest_taps(self, name: str, guest: Guest) -> Iterator[Tap]:
         for index, nic in enumerate(guest.nics):
-            if self.facts.helper:
+            if self.facts.helper or nic.network is None:
                 continue
             mac = self.macs.of_nic(name, index, nic.mac)
             yield self._tap(
@@ -299,19 +300,13 @@ class _Compiler:
             accel=guest.accel,
             memory=memory_mib(guest.memory),
             cpus=guest.cpus,
-            nics=tuple(
-                GuestNic(
-                    id=tap_id(index, nic),
-                    mac=self.macs.of_nic(name, index, nic.mac),
-                    model=nic.model,
-                    tap="" if self.facts.helper else tap_name(name, index, nic),
-                    queues=nic.queues,
-                    bridge=self.bridges[nic.network] if self.facts.helper else "",
-                    network=nic.network,
-                    served=bool(self.segments[nic.network].dhcp_first),
-                    link=nic.link,
-                )
-                for index, nic in enumerate(guest.nics)
+            nics=guest_nics(
+                self.topology,
+                name,
+                macs=self.macs,
+                subnets=user_subnets(self.gateways.values()),
+                served={n for n, segment in self.segments.items() if segment.dhcp_first},
+                helpers=self.bridges if self.facts.helper else None,
             ),
             disks=disks_of(guest, self.facts.formats),
             vnc=_display(guest),

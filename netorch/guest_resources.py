@@ -4,6 +4,7 @@ from typing import ClassVar, Literal, Self
 
 import msgspec
 
+from netorch.model import Forward
 from netorch.resource import Resource
 
 # The states of a QEMU that somebody may be at work in (qapi/run-state.json). In any other one the
@@ -81,45 +82,75 @@ class GuestDisk(msgspec.Struct, frozen=True, kw_only=True):
     bootindex: int = 0
 
 
-class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's NIC: the device that it sees (`model`, `mac`) and the tap behind it.
+class GuestNic(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A guest's NIC: the device that it sees (`model`, `mac`), and what is behind it.
 
     `id` is what the tap's key is made of: the NIC's number, or the tap's name where the file gives
-    one. `tap` is "" where qemu-bridge-helper gives it one, on the bridge of somebody else's
-    `bridge`. `network` is the one that it was told it is on, and `served` whether that has DHCP;
-    `link` is its cable. One that is not `attached` is half made, or has lost its tap.
+    one. `network` is the one that it was told it is on, and `served` whether that has DHCP; `link`
+    is its cable. One that is not `attached` is half made, or has lost what was behind it.
+
+    `backend` is
+    - "tap": the tap `tap` with so many `queues`, or one that qemu-bridge-helper gives it on the
+      bridge of somebody else's `bridge`
+    - "user" or "passt": QEMU's own network stack, or a passt of its own, which plays the `subnet`
+      and has the `forward`ed ports
+    - "wire": end 0 or 1 of a `wire` to another guest's NIC
     """
 
     id: str
     mac: str
     model: str
-    tap: str
+    backend: str = "tap"
+    tap: str = ""
     queues: int = 1
     bridge: str = ""
     network: str = ""
     served: bool = False
     link: Literal["up", "down"] = "up"
+    subnet: str = ""
+    forward: tuple[Forward, ...] = ()
+    wire: str = ""
+    end: int = 0
     attached: bool = True
 
     @property
     def hardware(self) -> tuple[object, ...]:
         """What makes it another device: to change that, it is unplugged and plugged."""
-        return self.mac, self.model, self.tap, self.queues, self.bridge, self.attached
+        behind = self.tap, self.queues, self.bridge, self.subnet, self.forward, self.wire, self.end
+        return self.mac, self.model, self.backend, *behind, self.attached
 
     def describe(self) -> str:
-        return f"NIC {self.tap or self.mac} on {self.network or self.bridge}"
+        behind = self.network or self.bridge
+        where = f"on {behind}" if behind else f"on wire {self.wire}" if self.wire else self.backend
+        return f"NIC {self.tap or self.mac} {where}"
 
     def changes(self, new: "GuestNic") -> str:
         if not self.attached:
             return f"plug {new.describe()} again"
         if not new.attached:
-            return f"NIC {self.tap or self.mac} has lost its tap"
+            return f"NIC {self.tap or self.mac} has lost its {self.backend}"
         fields = [
             f"{name} {getattr(self, name)} -> {getattr(new, name)}"
             for name in self.__struct_fields__
             if getattr(self, name) != getattr(new, name)
         ]
         return f"NIC {self.tap or self.mac} {', '.join(fields)}"
+
+
+class Passt(Resource, frozen=True):
+    """The passt behind one NIC of a guest. It is a part of the guest, and no State has it; its
+    process is marked with it.
+    """
+
+    guest: str
+    mac: str
+
+    @property
+    def key(self) -> str:
+        return f"passt:{self.guest}:{self.mac}"
+
+    def describe(self) -> str:
+        return f"passt of guest {self.guest}, NIC {self.mac}"
 
 
 class Guest(Resource, frozen=True):
@@ -221,6 +252,8 @@ class Guest(Resource, frozen=True):
         """
         if {nic.hardware for nic in self.nics} == {nic.hardware for nic in new.nics}:
             return True
+        if any(nic.backend == "user" and nic not in self.nics for nic in new.nics):
+            return False  # QEMU may be in a network namespace that leads nowhere
         if self.machine == "q35":
             return max(len(self.nics), len(new.nics)) <= self.ports
         return self.machine == "pc"

@@ -16,10 +16,15 @@ import msgspec
 
 from netorch import disk_devices, nic_devices
 from netorch.disk_devices import Source
+from netorch.nic_devices import Ends
 from netorch.resources import Guest, GuestNic
 
 # What no guest here uses, and what the firmware and the kernel would look for.
-_MACHINES = {"q35": "q35,sata=off,smbus=off,vmport=off", "pc": "pc,vmport=off"}
+_MACHINES = {
+    "q35": "q35,sata=off,smbus=off,vmport=off,usb=off",
+    "pc": "pc,vmport=off,usb=off",
+    "microvm": "microvm,usb=off",
+}
 
 # The processor that shows the guest all that the accelerator can do. The tiny guest has no use for
 # TCG's "max", whose features cost it 0.1 s of its boot.
@@ -35,21 +40,21 @@ class Kernel(msgspec.Struct, frozen=True):
 
 
 class Descriptors(msgspec.Struct, frozen=True):
-    """What QEMU inherits: listening Unix sockets, for each NIC one tap descriptor a queue, and for
+    """What QEMU inherits: listening Unix sockets, for each NIC what its back-end needs, and for
     each disk its files (`netorch.disk_devices.blockdevs`).
     """
 
     qmp: int
     serial: int
     agent: int
-    taps: tuple[tuple[int, ...], ...] = ()
+    nics: tuple[Ends, ...] = ()
     disks: tuple[tuple[Source, ...], ...] = ()
 
     def numbers(self) -> list[int]:
         """All of them."""
-        queues = [fd for tap in self.taps for fd in tap]
+        back_ends = [int(fd) for ends in self.nics for fd in (*ends.fds, *ends.vhost)]
         files = [source.fd for disk in self.disks for source in disk]
-        return [self.qmp, self.serial, self.agent, *queues, *files]
+        return [self.qmp, self.serial, self.agent, *back_ends, *files]
 
 
 def argv(
@@ -65,7 +70,7 @@ def argv(
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         ),
-        *("-machine", f"{_MACHINES[guest.machine]},usb=off,dump-guest-core=off"),
+        *("-machine", f"{_MACHINES[guest.machine]},dump-guest-core=off"),
         *("-accel", accel),
         *(() if guest.image == "tiny" and accel == "tcg" else ("-cpu", _CPUS[accel])),
         *("-smp", f"cpus={guest.cpus}", "-m", f"size={guest.memory}M"),
@@ -74,13 +79,13 @@ def argv(
         *(
             word
             for index, nic in enumerate(guest.nics)
-            for word in _nic(index, nic, fds.taps[index], guest.port_of(index))
+            for word in _nic(index, nic, fds.nics[index], guest.port_of(index))
         ),
         *(_kernel(guest, kernel) if kernel else ()),
         *_disks(guest, fds.disks),
         *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
-        *_json("-device", {"driver": "virtio-rng-pci", "rng": "rng"}),
-        *_json("-device", {"driver": "virtio-serial-pci", "id": "ports"}),
+        *_json("-device", {"driver": _virtio(guest, "rng"), "rng": "rng"}),
+        *_json("-device", {"driver": _virtio(guest, "serial"), "id": "ports"}),
         *_json(
             "-device",
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
@@ -90,8 +95,11 @@ def argv(
 
 
 def needs_network(guest: Guest) -> bool:
-    """Whether QEMU itself opens connections or ports, in the network namespace that it runs in."""
-    return guest.vnc not in ("", "socket")
+    """Whether QEMU itself opens connections or ports, in the network namespace that it runs in.
+    All else it is handed, or has as Unix sockets.
+    """
+    listens = guest.vnc not in ("", "socket")
+    return listens or any(nic.backend == "user" for nic in guest.nics)
 
 
 def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
@@ -107,10 +115,10 @@ def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
     yield from ("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off")
 
 
-def _nic(index: int, nic: GuestNic, queues: Sequence[int], port: str) -> Iterator[str]:
+def _nic(index: int, nic: GuestNic, ends: Ends, port: str) -> Iterator[str]:
     plugged = nic_devices.Plugged(nic=nic, index=index, port=port)
     yield from _json("-object", nic_devices.spec(plugged))
-    yield from _json("-netdev", nic_devices.netdev(nic, queues))
+    yield from _json("-netdev", nic_devices.netdev(nic, ends))
     yield from _json("-device", nic_devices.device(nic, port))
 
 
@@ -122,6 +130,11 @@ def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
 def _disks(guest: Guest, sources: Sequence[Sequence[Source]]) -> Iterator[str]:
     for option, value in disk_devices.options(guest.disks, sources):
         yield from (option, value) if isinstance(value, str) else _json(option, value)
+
+
+def _virtio(guest: Guest, kind: str) -> str:
+    """A virtio device's name: a microvm has no PCI, and its devices are found by virtio-mmio."""
+    return f"virtio-{kind}-{'device' if guest.machine == 'microvm' else 'pci'}"
 
 
 def screen(guest: Guest) -> Iterator[str]:

@@ -20,6 +20,7 @@ from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError
 from netorch.facts import Facts
 from netorch.model import Topology
+from netorch.nic_devices import idle_queues
 from netorch.planner import Action, Plan, diff
 from netorch.resources import DhcpClient, Guest, Resource, Ruleset
 from netorch.state import EMPTY, State
@@ -277,6 +278,9 @@ def _apply_here(
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
+        for guest in desired.of(Guest) if plan else ():
+            for line in idle_queues(guest):
+                progress.warn(line)
         if readiness is not None:
             readiness.all(plan)
 

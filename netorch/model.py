@@ -71,10 +71,11 @@ Ready = Annotated[
     ),
 ]
 Memory = Annotated[str, Meta(description='an amount of memory such as "256M" or "1G"')]
+Port = Annotated[int, Meta(ge=1, le=65535)]
 Mode = Literal["nat", "route", "open", "isolated", "bridge"]
 Bus = Literal["virtio", "scsi", "sata", "ide", "nvme", "usb"]
 Format = Literal["auto", "qcow2", "raw"]
-Model = Literal["virtio-net-pci", "e1000", "rtl8139"]
+Model = Literal["virtio-net-pci", "e1000", "e1000e", "rtl8139", "vmxnet3", "virtio-net-device"]
 
 
 class _Table(
@@ -116,11 +117,25 @@ class Network(_Table, frozen=True):
     stp: bool = False
 
 
-class Nic(_Table, frozen=True):
-    """One of a guest's `nics`. `address` is a DHCP reservation."""
+class Forward(_Table, frozen=True):
+    """One of a NIC's `forward`: a port of this machine that leads to one of the guest."""
 
-    network: Name
-    model: Model = "virtio-net-pci"
+    port: Port
+    to: Port | None = None  # the same
+    protocol: Literal["tcp", "udp"] = "tcp"
+    address: str = "127.0.0.1"  # where it listens
+
+
+class Nic(_Table, frozen=True):
+    """One of a guest's `nics`: on a network, on a wire, or with a back-end that needs neither.
+    `address` is a DHCP reservation.
+    """
+
+    network: Name | None = None
+    wire: Name | None = None
+    backend: Literal["tap", "user", "passt"] = "tap"
+    forward: tuple[Forward, ...] = ()
+    model: Model | None = None  # virtio-net-pci, on a microvm virtio-net-device
     address: str | None = None
     mac: Mac | None = None
     queues: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -169,7 +184,7 @@ class Guest(_Table, frozen=True):
     persistent: bool = False  # the image
     memory: int | Memory = "256M"
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
-    machine: Literal["q35", "pc"] = "q35"
+    machine: Literal["q35", "pc", "microvm"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for NICs that come and go: 4 on q35
     vnc: bool | Annotated[int, Meta(ge=0, le=59635)] = False

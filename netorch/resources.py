@@ -20,6 +20,7 @@ from netorch.guest_resources import Guest as Guest
 from netorch.guest_resources import GuestDisk as GuestDisk
 from netorch.guest_resources import GuestNic as GuestNic
 from netorch.guest_resources import Overlay as Overlay
+from netorch.guest_resources import Passt as Passt
 from netorch.guest_resources import Volume as Volume
 from netorch.resource import Resource as Resource
 
@@ -314,6 +315,7 @@ AnyResource = (
     | Overlay
     | Volume
     | Guest
+    | Passt
 )
 
 

@@ -17,6 +17,7 @@ from netorch.names import bridge_name
 from netorch.topology_clashes import clashes, overlaps
 from netorch.topology_disks import storage
 from netorch.topology_expect import expectations
+from netorch.topology_nics import nics
 from netorch.topology_order import order
 from netorch.topology_values import (
     Wrong,
@@ -72,10 +73,8 @@ class _Checks:
             self._room(name, network)
         for finding in (*overlaps(self.subnets), *clashes(self.topology), *order(self.topology)):
             self.say(*finding)
-        for path, message, hint, because in (
-            *storage(self.topology),
-            *expectations(self.topology),
-        ):
+        doubts = (*nics(self.topology), *storage(self.topology), *expectations(self.topology))
+        for path, message, hint, because in doubts:
             self.say(path, message, hint, *because)
         return self.findings
 
@@ -208,9 +207,8 @@ class _Checks:
             self.say(path, f"{said} is too {amount} memory", f"{MIN_MEMORY} MiB to 16 TiB")
 
     def _nic(self, path: Key, nic: Nic) -> None:
-        if nic.queues > 1 and nic.model != "virtio-net-pci":
-            hint = 'several queues need model = "virtio-net-pci"'
-            self.say((*path, "queues"), f"{nic.model} has one queue", hint, (*path, "model"))
+        if nic.network is None:
+            return
         network = self._known_network((*path, "network"), nic.network)
         where = (*path, "address")
         if self._is_broken(where):

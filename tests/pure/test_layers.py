@@ -16,7 +16,7 @@ LAYERS = (
     {"cli_access"},
     {"pytest_plugin"},
     {"needs"},
-    {"api"},
+    {"api", "api_nodes"},
     {"capture", "commands"},
     {"starter"},
     {"agent", "agents"},
@@ -31,6 +31,7 @@ LAYERS = (
     {"system"},
     {"planner"},
     {"compiler", "junit"},
+    {"guest_nics"},
     {"expectations"},
     {
         "addresses",
@@ -46,7 +47,7 @@ LAYERS = (
         "png",
     },
     {"topology_checks", "topology_clashes", "topology_disks", "topology_expect"}
-    | {"topology_shape", "topology_order"}
+    | {"topology_nics", "topology_shape", "topology_order"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "resource", "facts", "names"},
