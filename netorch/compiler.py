@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
+from netorch.cloud_init import SeedNic, seed_files
 from netorch.facts import Facts, Interface
-from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
+from netorch.model import DISKLESS, Dhcp, Guest, Host, HostNic, Network, Taps, Topology
 from netorch.names import bridge_name, tap_name, tap_names, veth_name
 from netorch.networks import (
     Reservation,
@@ -28,12 +29,15 @@ from netorch.resources import (
     DhcpClient,
     Dnsmasq,
     Forwarding,
+    GuestBoot,
     GuestNic,
     Namespace,
     Overlay,
     Record,
     Resource,
+    Seed,
     Tap,
+    Variables,
     Veth,
 )
 from netorch.resources import Guest as RunningGuest
@@ -88,11 +92,16 @@ class _Compiler:
         for uplink in self._uplinks():
             yield Forwarding(name=uplink)
         for segment in self.segments.values():
-            if segment.gateway and (segment.dhcp_first or segment.dns):
-                yield self._dnsmasq(segment)
+            tftp = self.topology.networks[segment.network].tftp or ""
+            if segment.gateway and (segment.dhcp_first or segment.dns or tftp):
+                yield self._dnsmasq(segment, tftp)
         for name, guest in self.topology.guests.items():
-            if guest.image != "tiny":
+            if guest.image not in DISKLESS:
                 yield Overlay(guest=name, image=guest.image, format=self._format(guest))
+            if guest.firmware == "uefi":
+                yield Variables(guest=name, machine=guest.machine)
+            if guest.user_data or guest.ssh_keys:
+                yield self._seed(name, guest)
             yield self._guest(name, guest)
 
     def _bridge(self, name: str, segment: Segment) -> Bridge:
@@ -160,6 +169,7 @@ class _Compiler:
             dhcp_first=str(first) if first else "",
             dhcp_last=str(last) if last else "",
             lease=network.dhcp.lease if isinstance(network.dhcp, Dhcp) else "1h",
+            boot=(network.dhcp.boot or "") if isinstance(network.dhcp, Dhcp) else "",
             dns=network.dns,
             domain=network.domain or "",
             reservations=tuple(self._reservations(name, first, last)),
@@ -213,7 +223,7 @@ class _Compiler:
                 if nic.network == name and nic.address not in (None, "dhcp"):
                     yield (str(IPv4Interface(nic.address).ip), host)
 
-    def _dnsmasq(self, segment: Segment) -> Dnsmasq:
+    def _dnsmasq(self, segment: Segment, tftp: str) -> Dnsmasq:
         stem = f"{self.run}/dnsmasq-{segment.network}"
         return Dnsmasq(
             network=segment.network,
@@ -223,9 +233,11 @@ class _Compiler:
                 hosts=f"{stem}.hosts",
                 names=f"{stem}.names",
                 log=f"{stem}.log",
+                tftp=tftp,
             ),
             hosts=dhcp_hosts(segment),
             names=static_names(segment),
+            tftp=tftp,
         )
 
     def _taps(self, name: str, taps: Taps) -> Iterator[Tap]:
@@ -301,10 +313,37 @@ class _Compiler:
             ),
             networks=tuple(served),
             vnc=-1 if guest.vnc is None else guest.vnc,
+            boot=GuestBoot(
+                kernel=guest.kernel or "",
+                initrd=guest.initrd or "",
+                cmdline=guest.cmdline or "",
+                nics=tuple(self._boot_nics(guest)) if guest.boot == "network" else (),
+                uefi=guest.firmware == "uefi",
+                seed=bool(guest.user_data or guest.ssh_keys),
+            ),
         )
 
+    def _boot_nics(self, guest: Guest) -> Iterator[int]:
+        """Those on networks that say what to boot; where none of the lab's does, all of them."""
+        said = [bool(self.segments[nic.network].boot) for nic in guest.nics]
+        yield from (index for index, boots in enumerate(said) if boots or not any(said))
+
+    def _seed(self, name: str, guest: Guest) -> Seed:
+        nics = [
+            SeedNic(self.macs.of_nic(name, index, nic.mac), self._has_dhcp(nic.network))
+            for index, nic in enumerate(guest.nics)
+        ]
+        files = seed_files(name, guest.user_data or "", guest.ssh_keys, nics)
+        return Seed(guest=name, files=files)
+
+    def _has_dhcp(self, name: str) -> bool:
+        """Whether the lab serves it there, or the LAN that the network is a part of may."""
+        network = self.topology.networks[name]
+        joined = network.external or (network.mode == "bridge" and network.uplink is not None)
+        return bool(self.segments[name].dhcp_first) or joined
+
     def _format(self, guest: Guest) -> str:
-        if guest.image == "tiny":
+        if guest.image in DISKLESS:
             return ""
         return (
             self.facts.formats.get(guest.image, guest.format)

@@ -4,6 +4,8 @@ from typing import ClassVar, Self
 
 import msgspec
 
+from netorch.boot_resources import GuestBoot
+from netorch.model import DISKLESS
 from netorch.resource import Resource
 
 
@@ -36,7 +38,7 @@ class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Guest(Resource, frozen=True):
-    """A running QEMU. `image` is `tiny` or an absolute path; `memory` is in MiB.
+    """A running QEMU. `image` is `tiny`, `none`, or an absolute path; `memory` is in MiB.
 
     `vnc` is a display number on loopback, -1 for none. `networks` are those whose services it waits
     for. `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
@@ -53,6 +55,7 @@ class Guest(Resource, frozen=True):
     nics: tuple[GuestNic, ...] = ()
     networks: tuple[str, ...] = ()
     vnc: int = -1
+    boot: GuestBoot = GuestBoot()
     state: str = "running"
 
     @property
@@ -62,12 +65,15 @@ class Guest(Resource, frozen=True):
     @property
     def needs(self) -> tuple[str, ...]:
         taps = (f"tap:{self.name}:{i}" for i, nic in enumerate(self.nics) if nic.tap)
-        disk = () if self.image == "tiny" else (f"overlay:{self.name}",)
+        disk = [] if self.image in DISKLESS else [f"overlay:{self.name}"]
+        disk += [f"seed:{self.name}"] if self.boot.seed else []
+        disk += [f"variables:{self.name}"] if self.boot.uefi else []
         services = (f"dnsmasq:{network}" for network in self.networks)
         return ("record", "ruleset", *disk, *taps, *services)
 
     def after_replace(self, needed: str) -> Self | None:
-        return None if needed.startswith(("tap:", "overlay:")) else self
+        lost = needed.startswith(("tap:", "overlay:", "seed:", "variables:"))
+        return None if lost else self
 
     def describe(self) -> str:
         return f"guest {self.name} ({self.image}, {self.memory} MiB, {_count(self.cpus, 'cpu')})"

@@ -9,11 +9,11 @@ become an option. The guest starts stopped (-S); netorch lets it run by QMP when
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import msgspec
 
-from netorch import disk_devices, nic_devices
+from netorch import boot_devices, disk_devices, nic_devices
+from netorch.boot_devices import Firmware, Kernel
 from netorch.disk_devices import Disk
 from netorch.resources import Guest, GuestNic
 
@@ -25,12 +25,15 @@ _MACHINES = {"q35": "q35,sata=off,smbus=off,vmport=off", "pc": "pc,vmport=off"}
 _CPUS = {"kvm": "host", "tcg": "max"}
 
 
-class Kernel(msgspec.Struct, frozen=True):
-    """A guest that boots a kernel directly."""
+class Boot(msgspec.Struct, frozen=True, kw_only=True):
+    """What a guest boots: a kernel, a disk, or neither (then the network), by which firmware, and
+    the seed that its cloud-init finds.
+    """
 
-    kernel: Path
-    initrd: Path
-    cmdline: str
+    kernel: Kernel | None = None
+    disk: Disk | None = None
+    firmware: Firmware | None = None
+    seed_fd: int | None = None
 
 
 class Descriptors(msgspec.Struct, frozen=True):
@@ -43,7 +46,7 @@ class Descriptors(msgspec.Struct, frozen=True):
 
 
 def argv(
-    guest: Guest, *, program: str, accel: str, boot: Kernel | Disk, fds: Descriptors, log: str
+    guest: Guest, *, program: str, accel: str, boot: Boot, fds: Descriptors, log: str
 ) -> list[str]:
     """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's."""
     return [
@@ -53,7 +56,7 @@ def argv(
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         ),
-        *("-machine", f"{_MACHINES[guest.machine]},usb=off,dump-guest-core=off"),
+        *("-machine", _machine(guest, boot)),
         *("-accel", accel),
         *(() if guest.image == "tiny" and accel == "tcg" else ("-cpu", _CPUS[accel])),
         *("-smp", f"cpus={guest.cpus}", "-m", f"size={guest.memory}M"),
@@ -61,9 +64,12 @@ def argv(
         *(
             word
             for index, nic in enumerate(guest.nics)
-            for word in _nic(index, nic, fds.taps[index])
+            for word in _nic(guest, index, nic, fds.taps[index])
         ),
-        *(_kernel(guest, boot) if isinstance(boot, Kernel) else _disk(boot)),
+        *(boot_devices.kernel_options(boot.kernel) if boot.kernel else ()),
+        *(_disk(boot.disk, len(guest.boot.nics)) if boot.disk else ()),
+        *(_firmware(boot.firmware) if boot.firmware else ()),
+        *(_seed(boot.seed_fd) if boot.seed_fd is not None else ()),
         *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
         *_json("-device", {"driver": "virtio-rng-pci", "rng": "rng"}),
         *_json("-device", {"driver": "virtio-serial-pci", "id": "ports"}),
@@ -88,21 +94,39 @@ def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
     yield from ("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off")
 
 
-def _nic(index: int, nic: GuestNic, queues: Sequence[int]) -> Iterator[str]:
+def _machine(guest: Guest, boot: Boot) -> str:
+    options = f"{_MACHINES[guest.machine]},usb=off,dump-guest-core=off"
+    if guest.boot.nics and guest.vnc < 0:
+        options += ",graphics=off"  # SeaBIOS and iPXE then speak on the serial console
+    return options + (boot_devices.FLASH_OPTIONS if boot.firmware else "")
+
+
+def _nic(guest: Guest, index: int, nic: GuestNic, queues: Sequence[int]) -> Iterator[str]:
+    device = nic_devices.device(index, nic)
+    if index in guest.boot.nics:
+        device = boot_devices.from_network(device, 1 + guest.boot.nics.index(index))
     yield from _json("-netdev", nic_devices.netdev(index, queues))
-    yield from _json("-device", nic_devices.device(index, nic))
+    yield from _json("-device", device)
 
 
-def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
-    yield from ("-kernel", str(boot.kernel), "-initrd", str(boot.initrd))
-    yield from ("-append", f"{boot.cmdline} netorch.hostname={guest.name}")
-
-
-def _disk(boot: Disk) -> Iterator[str]:
+def _disk(boot: Disk, before: int) -> Iterator[str]:
+    """The disk; `before` is the number of devices that are tried before it."""
     yield from ("-add-fd", f"fd={boot.base_fd},set={disk_devices.BASE_SET}")
     for node in disk_devices.blockdevs(boot):
         yield from _json("-blockdev", node)
-    yield from _json("-device", disk_devices.device())
+    yield from _json("-device", disk_devices.device() | {"bootindex": 1 + before})
+
+
+def _firmware(firmware: Firmware) -> Iterator[str]:
+    yield from ("-add-fd", f"fd={firmware.fd},set={boot_devices.FIRMWARE_SET}")
+    for node in boot_devices.flash(firmware):
+        yield from _json("-blockdev", node)
+
+
+def _seed(fd: int) -> Iterator[str]:
+    yield from ("-add-fd", f"fd={fd},set={boot_devices.SEED_SET}")
+    yield from _json("-blockdev", boot_devices.seed_blockdev())
+    yield from _json("-device", boot_devices.seed_device())
 
 
 def _screen(display: int) -> Iterator[str]:

@@ -88,9 +88,11 @@ def machine(
     from netorch.system.bridge_uplinks import BridgeUplinks
     from netorch.system.disks import Overlays
     from netorch.system.firewall import Firewall
+    from netorch.system.firmware import FlashFiles
     from netorch.system.guests import Guests
     from netorch.system.hosts import Hosts
     from netorch.system.links import Links
+    from netorch.system.seeds import Seeds
     from netorch.system.services import DhcpClients, Dnsmasqs
 
     adapters: list[Adapter] = [
@@ -102,6 +104,8 @@ def machine(
         Dnsmasqs(scope),
         DhcpClients(scope),
         Overlays(scope),
+        FlashFiles(scope),
+        Seeds(scope),
         Guests(scope, report),
     ]
     if only is not None:

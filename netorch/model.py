@@ -17,6 +17,7 @@ INTERFACE = r"^[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,14}$(?!\n)"
 MAC = r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$(?!\n)"
 LEASE = r"^([0-9]{1,9}[smhdw]?|infinite)$(?!\n)"
 USER = r"^[^\s:\x00]{1,255}$(?!\n)"
+BOOT_FILE = r"^[A-Za-z0-9_./:@+-]{1,127}$(?!\n)"  # DHCP has 128 bytes for it
 BY = r"^(ping|dhcp|(tcp|udp):[0-9]{1,5}|dns:[^\s\x00]{1,253})$(?!\n)"
 
 Name = Annotated[
@@ -39,6 +40,14 @@ Mac = Annotated[str, Meta(pattern=MAC, description="a MAC address such as 52:54:
 Lease = Annotated[
     str, Meta(pattern=LEASE, description='a lease time such as "30m", "1h", "7d" or "infinite"')
 ]
+BootFile = Annotated[
+    str,
+    Meta(
+        pattern=BOOT_FILE,
+        description="a file to boot: a path below the directory of tftp, or a URL; at most 127 "
+        "letters, digits, `_`, `.`, `/`, `:`, `@`, `+`, `-`",
+    ),
+]
 User = Annotated[str, Meta(pattern=USER, description="a user's name")]
 By = Annotated[
     str,
@@ -48,6 +57,7 @@ By = Annotated[
     ),
 ]
 Memory = Annotated[str, Meta(description='an amount of memory such as "256M" or "1G"')]
+DISKLESS = ("tiny", "none")  # the values of a guest's image that are no file
 Mode = Literal["nat", "route", "open", "isolated", "bridge"]
 Model = Literal["virtio-net-pci", "e1000", "rtl8139"]
 
@@ -74,6 +84,7 @@ class Dhcp(_Table, frozen=True):
 
     range: tuple[str, str] | None = None  # all addresses but the gateway's
     lease: Lease = "1h"
+    boot: BootFile | None = None  # what a guest gets that boots from the network
 
 
 class Network(_Table, frozen=True):
@@ -83,6 +94,7 @@ class Network(_Table, frozen=True):
     bridge: Interface | None = None  # virbr0 for `default`, else br-NAME
     address: str | None = None  # "auto" for every mode but bridge, which has none
     dhcp: Dhcp | bool | None = None  # on where there is an address, but for mode bridge
+    tftp: str | None = None  # a directory
     dns: bool = True
     domain: Name | None = None
     uplink: Interface | None = None
@@ -115,12 +127,19 @@ class HostNic(_Table, frozen=True):
 class Guest(_Table, frozen=True):
     """`[guests.NAME]`: a QEMU virtual machine."""
 
-    image: str = "tiny"
+    image: str = "tiny"  # "none" where a kernel or the network is booted
     format: Literal["auto", "qcow2", "raw"] = "auto"
     memory: int | Memory = "256M"
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
     machine: Literal["q35", "pc"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
+    firmware: Literal["bios", "uefi"] = "bios"
+    boot: Literal["disk", "network"] = "disk"
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str | None = None
+    user_data: str | None = None  # cloud-init's: a path, or the text itself
+    ssh_keys: tuple[str, ...] = ()  # public keys, or paths of files of them
     vnc: Annotated[int, Meta(ge=0, le=59635)] | None = None
     nics: tuple[Nic, ...] = ()
 

@@ -15,6 +15,9 @@ from typing import ClassVar, Self
 
 import msgspec
 
+from netorch.boot_resources import GuestBoot as GuestBoot
+from netorch.boot_resources import Seed as Seed
+from netorch.boot_resources import Variables as Variables
 from netorch.guest_resources import Guest as Guest
 from netorch.guest_resources import GuestNic as GuestNic
 from netorch.guest_resources import Overlay as Overlay
@@ -247,7 +250,8 @@ class Dnsmasq(Resource, frozen=True):
     """The DHCP and DNS server of one network.
 
     `config` is its configuration file, `hosts` the DHCP reservations and `names` the static names
-    (in the format of /etc/hosts); the last two are read again on SIGHUP.
+    (in the format of /etc/hosts); the last two are read again on SIGHUP. `tftp` is the directory
+    that it serves ("": none).
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"hosts", "names"})
@@ -255,6 +259,7 @@ class Dnsmasq(Resource, frozen=True):
     config: str
     hosts: str = ""
     names: str = ""
+    tftp: str = ""
 
     @property
     def key(self) -> str:
@@ -272,6 +277,7 @@ class Dnsmasq(Resource, frozen=True):
 
     def changes(self, new: Resource) -> list[str]:
         words = {"config": "configuration", "hosts": "reservations", "names": "names"}
+        words |= {"tftp": "TFTP directory"}
         return [words[f] for f in words if getattr(self, f) != getattr(new, f)]
 
 
@@ -309,6 +315,8 @@ AnyResource = (
     | Dnsmasq
     | DhcpClient
     | Overlay
+    | Seed
+    | Variables
     | Guest
 )
 

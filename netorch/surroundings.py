@@ -8,7 +8,7 @@ import msgspec
 from netorch.addresses import uplink_subnet
 from netorch.errors import ImageError, UsageError
 from netorch.facts import Facts, Uplink
-from netorch.model import Topology
+from netorch.model import DISKLESS, Topology
 
 
 def with_names(facts: Facts, topology: Topology) -> Facts:
@@ -16,7 +16,7 @@ def with_names(facts: Facts, topology: Topology) -> Facts:
     from netorch.system.disks import image_format
 
     formats: dict[str, str] = {}
-    for image in (g.image for g in topology.guests.values() if g.image != "tiny"):
+    for image in (g.image for g in topology.guests.values() if g.image not in DISKLESS):
         with contextlib.suppress(ImageError):  # the guests' adapter names all that can't be read
             formats[image] = image_format(Path(image))
     owners = {taps.owner for taps in topology.taps.values() if isinstance(taps.owner, str)}

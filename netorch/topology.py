@@ -7,7 +7,6 @@ every mistake, and a third time (`toml_lines`), for the line of each.
 A syntax error is the exception to "all": nothing after it can be trusted, so it stands alone.
 """
 
-import os
 import re
 import tomllib
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ import msgspec
 from netorch.errors import Finding, Mistake, TopologyError, dotted
 from netorch.model import Topology
 from netorch.topology_checks import check
+from netorch.topology_files import complete
 from netorch.topology_values import memory_mib
 
 _SYNTAX_HINTS = {
@@ -54,8 +54,8 @@ def load(path: Path) -> Topology:
 def parse(text: str, source: str, base: Path) -> Topology:
     """The topology in the text; `source` is what messages call it, `base` where its paths begin.
 
-    The lab has its name, and images are absolute paths; everything else is as written. Raises
-    TopologyError.
+    The lab has its name, and files are taken in (`netorch.topology_files`); everything else is as
+    written. Raises TopologyError.
     """
     try:
         data = tomllib.loads(text)
@@ -69,7 +69,7 @@ def parse(text: str, source: str, base: Path) -> Topology:
         raise TopologyError(source, _mistakes(text, data, str(error))) from error
     if check(topology):
         raise TopologyError(source, _mistakes(text, data, ""))
-    return _complete(topology, source, base)
+    return _complete(topology, source, base, text)
 
 
 def checked(topology: Topology, source: str, base: Path) -> Topology:
@@ -82,20 +82,17 @@ def checked(topology: Topology, source: str, base: Path) -> Topology:
         objection = str(error)
     if objection or check(topology):
         raise TopologyError(source, _mistakes("", data, objection))
-    return _complete(topology, source, base)
+    return _complete(topology, source, base, "")
 
 
-def _complete(topology: Topology, source: str, base: Path) -> Topology:
+def _complete(topology: Topology, source: str, base: Path, text: str) -> Topology:
+    topology, findings = complete(topology, base)
+    if findings:
+        raise TopologyError(source, _placed(text, findings))
     lab = topology.lab
     if lab.name is None:
         lab = msgspec.structs.replace(lab, name=_lab_name(source))
-    guests = {
-        name: guest
-        if guest.image == "tiny"
-        else msgspec.structs.replace(guest, image=os.path.abspath(base / guest.image))
-        for name, guest in topology.guests.items()
-    }
-    return msgspec.structs.replace(topology, lab=lab, guests=guests)
+    return msgspec.structs.replace(topology, lab=lab)
 
 
 def _lab_name(source: str) -> str:

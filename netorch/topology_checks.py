@@ -14,6 +14,7 @@ from typing import TypeVar
 from netorch.errors import Finding, Key, dotted, quoted
 from netorch.model import Dhcp, Guest, HostNic, Network, Nic, Topology
 from netorch.names import bridge_name
+from netorch.topology_boot import boots
 from netorch.topology_clashes import clashes, overlaps
 from netorch.topology_expect import expectations
 from netorch.topology_values import (
@@ -69,8 +70,9 @@ class _Checks:
             self._room(name, network)
         for finding in (*overlaps(self.subnets), *clashes(self.topology)):
             self.say(*finding)
-        for path, message, hint, because in expectations(self.topology):
-            self.say(path, message, hint, *because)
+        for doubts in (boots(self.topology), expectations(self.topology)):
+            for path, message, hint, because in doubts:
+                self.say(path, message, hint, *because)
         return self.findings
 
     def say(self, path: Key, message: str, hint: str = "", *because: Key) -> None:
@@ -128,7 +130,7 @@ class _Checks:
             self.say(where, "netorch gives no services on a bridge of somebody else's", hint)
         if network.bridge is None:
             self.say(where, "needs the name of the bridge", 'bridge = "br0"')
-        for key in ("address", "dhcp", "domain", "uplink", "mac", "mtu", "stp"):
+        for key in ("address", "dhcp", "tftp", "domain", "uplink", "mac", "mtu", "stp"):
             if getattr(network, key) not in (None, False):
                 message = "can't be set: the bridge is somebody else's (external = true)"
                 self.say((*path, key), message, "leave it out", where)
@@ -185,7 +187,7 @@ class _Checks:
     def _guest(self, name: str, guest: Guest) -> None:
         path: Key = ("guests", name)
         if not guest.image or "\0" in guest.image or guest.image.startswith("~"):
-            hint = '"tiny", or the path of a qcow2 or raw image'
+            hint = '"tiny", "none", or the path of a qcow2 or raw image'
             if guest.image.startswith("~"):
                 hint = "write the directory out: whose home ~ is depends on who runs netorch"
             self.say((*path, "image"), f"{quoted(guest.image)} is not an image's path", hint)

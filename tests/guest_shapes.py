@@ -1,6 +1,6 @@
 """The shapes of guests whose QEMU command lines are held by golden files and run by tests/qemu."""
 
-from netorch.resources import Guest, GuestNic
+from netorch.resources import Guest, GuestBoot, GuestNic
 
 QUEUES = 2
 
@@ -34,4 +34,19 @@ SHAPES = {
     "vnc": guest(vnc=3, nics=()),
     "qcow2": guest(image="/images/base.img", format="qcow2"),
     "raw": guest(image="/images/base.img", format="raw", machine="pc"),
+}
+
+# Shapes of other boots, which need files of their own to run.
+BOOTS = {
+    "network": guest(image="none", nics=(nic(1), nic(2, "e1000")), boot=GuestBoot(nics=(1, 0))),
+    "network-then-disk": guest(
+        image="/images/base.img", format="raw", vnc=3, boot=GuestBoot(nics=(0,))
+    ),
+    "kernel-and-disk": guest(
+        image="/images/base.img",
+        format="raw",
+        nics=(),
+        boot=GuestBoot(kernel="/boot/vmlinuz", initrd="/boot/initrd", cmdline="quiet", seed=True),
+    ),
+    "uefi": guest(nics=(), boot=GuestBoot(uefi=True)),
 }

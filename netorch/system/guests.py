@@ -13,7 +13,6 @@ its disk caches and quit, as its `quit` does, and needs no socket.
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from netorch.disk_devices import Disk
 from netorch.errors import ImageError, KernelError, MissingError, NetorchError
-from netorch.guests import Descriptors, Kernel, argv
+from netorch.guests import Descriptors, argv
+from netorch.model import DISKLESS
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import disks
+from netorch.system import boots, disks
 from netorch.system.accel import accelerator
 from netorch.system.guest_processes import directory_of, run_states, running
 from netorch.system.guest_taps import open_queues
@@ -79,7 +78,8 @@ class Guests:
         for image in dict.fromkeys(guest.image for guest in guests):
             reasons += self._image_reasons(image)
         for guest in guests:
-            if guest.image != "tiny" and disks.outdated(self._scope, guest):
+            reasons += boots.reasons(guest)
+            if guest.image not in DISKLESS and disks.outdated(self._scope, guest):
                 reasons.append(
                     f"image {guest.image} was written to after the disk of guest {guest.name} was "
                     "made from it: take the guest out of the file and apply, then start it anew"
@@ -121,6 +121,8 @@ class Guests:
 
     def _image_reasons(self, image: str) -> Iterator[str]:
         try:
+            if image == "none":
+                return
             if image == "tiny":
                 tiny_image(self._progress)
                 return
@@ -170,7 +172,8 @@ class Guests:
             taps = tuple(
                 tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics
             )
-            boot = self._boot(guest, opened)
+            opening = boots.Opening(self._scope, guest, opened, self._progress)
+            boot = opening.boot()
             qmp = Qmp(directory / "qmp.sock", guest.name)
             accel = accelerator() if guest.accel == "auto" else guest.accel
             fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
@@ -183,7 +186,7 @@ class Guests:
                     guest,
                     words,
                     log=directory / "qemu.log",
-                    pass_fds=_numbers(fds, boot),
+                    pass_fds=[*_numbers(fds), *opening.fds],
                     capabilities=(),
                     daemon=True,
                 )
@@ -191,14 +194,6 @@ class Guests:
                 qmp.close()
                 raise
         return _Started(guest, child, qmp)
-
-    def _boot(self, guest: Guest, opened: contextlib.ExitStack) -> Kernel | Disk:
-        if guest.image == "tiny":
-            tiny = tiny_image(self._progress)
-            return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline)
-        base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
-        opened.callback(os.close, base)
-        return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
 
 
 def _state(resource: Resource) -> str:
@@ -219,10 +214,9 @@ def _await_greeting(started: _Started) -> None:
         raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
 
 
-def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:
+def _numbers(fds: Descriptors) -> list[int]:
     queues = [fd for tap in fds.taps for fd in tap]
-    base = [boot.base_fd] if isinstance(boot, Disk) else []
-    return [fds.qmp, fds.serial, fds.agent, *queues, *base]
+    return [fds.qmp, fds.serial, fds.agent, *queues]
 
 
 @contextlib.contextmanager

@@ -8,15 +8,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from netorch.boot_devices import Firmware, Kernel
 from netorch.disk_devices import Disk
-from netorch.guests import Descriptors, Kernel, argv
-from netorch.model import Model
+from netorch.guests import Boot, Descriptors, argv
+from netorch.model import DISKLESS, Model
 from netorch.nic_devices import MODELS
 from netorch.resources import Guest
-from tests.guest_shapes import SHAPES, guest, nic
+from tests.guest_shapes import BOOTS, SHAPES, guest, nic
 
 GOLDEN = Path(__file__).parent / "golden" / "guests"
-KERNEL = Kernel(Path("/cache/kernel"), Path("/cache/initrd"), "console=ttyS0 quiet")
+KERNEL = Kernel("/cache/kernel", "/cache/initrd", "console=ttyS0 quiet netorch.hostname=vm1")
 
 
 def render(shape: Guest, accel: str = "tcg", overlay: str = "/disks/vm1.qcow2") -> list[str]:
@@ -27,14 +28,21 @@ def render(shape: Guest, accel: str = "tcg", overlay: str = "/disks/vm1.qcow2") 
         agent=next(numbers),
         taps=tuple(tuple(next(numbers) for _ in range(nic.queues)) for nic in shape.nics),
     )
-    boot = KERNEL if shape.image == "tiny" else Disk(Path(overlay), next(numbers), shape.format)
+    boot = Boot(
+        kernel=KERNEL if shape.image == "tiny" or shape.boot.kernel else None,
+        disk=None if shape.image in DISKLESS else Disk(Path(overlay), next(numbers), shape.format),
+        firmware=Firmware(next(numbers), "raw", Path("/disks/vm1.q35.uefi-variables"), "raw")
+        if shape.boot.uefi
+        else None,
+        seed_fd=next(numbers) if shape.boot.seed else None,
+    )
     log = f"guests/{shape.name}/serial.log"
     return argv(shape, program="/usr/bin/qemu", accel=accel, boot=boot, fds=fds, log=log)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [*SHAPES, *BOOTS])
 def test_command_line(name: str, golden: Callable[[Path, str], None]) -> None:
-    words = render(SHAPES[name])
+    words = render((SHAPES | BOOTS)[name])
     text = "\n".join(words).replace("\n-", "\n\n-")
     golden(GOLDEN / f"{name}.txt", f"{text}\n")
 

@@ -28,11 +28,13 @@ LAYERS = (
     {"planner"},
     {"compiler", "junit"},
     {"expectations"},
-    {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"},
+    {"addresses", "networks", "guests", "nic_devices", "disk_devices", "topology", "schema"}
+    | {"boot_devices", "cloud_init"},
     {"topology_checks", "topology_clashes", "topology_expect", "topology_shape"}
+    | {"topology_boot", "topology_files"}
     | {"topology_values", "toml_lines"},
     {"state"},
-    {"resources", "guest_resources", "resource", "facts", "names"},
+    {"resources", "guest_resources", "boot_resources", "resource", "facts", "names"},
     {"model"},
     {"errors", "__init__"},
 )
@@ -49,8 +51,8 @@ MACHINE = {
     "subprocess",
     "time",
 }
-# topology reads the file that it is given, and makes paths absolute.
-ALLOWED = {("topology", "os")}
+# topology_files makes paths absolute.
+ALLOWED = {("topology_files", "os")}
 
 
 def modules() -> list[Path]:
