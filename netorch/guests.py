@@ -81,6 +81,11 @@ def argv(
     ]
 
 
+def needs_network(guest: Guest) -> bool:
+    """Whether QEMU itself opens connections or ports, in the network namespace that it runs in."""
+    return guest.vnc >= 0
+
+
 def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
     """QMP, the serial console with its log, and the guest agent's channel."""
     yield from ("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off")

@@ -6,7 +6,7 @@ apply fails that made it, destroyed after everything else: it is the one thing t
 from inside.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, with_names
 from netorch.system import Adapter, System, confirmation, rundir
 from netorch.system.confirmation import Pending, Watchdog
+from netorch.system.endings import Ending, endings
 from netorch.system.places import (
     Place,
     create_private,
@@ -59,6 +60,7 @@ class Standing(msgspec.Struct, frozen=True):
     desired: State | None
     observed: State
     pending: Pending | None = None  # a confirmation
+    endings: Mapping[str, Ending] = {}  # of guests that are missing
 
     def rows(self) -> list[tuple[str, str, Resource]]:
         """(ok | missing | changed | stray, key, resource), in the order of the desired state."""
@@ -214,7 +216,8 @@ def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     record = rundir.recorded(lab.run)
     if record is None:
         return Standing(lab, None, observed, waiting)
-    return Standing(lab, _desired(lab, topology_of(record), record.source), observed, waiting)
+    desired = _desired(lab, topology_of(record), record.source)
+    return Standing(lab, desired, observed, waiting, endings(lab.scope))
 
 
 def intended(lab: Lab) -> tuple[Topology, State]:
@@ -235,7 +238,7 @@ def intended(lab: Lab) -> tuple[Topology, State]:
 def teardown(lab: Lab, progress: Progress) -> list[str]:
     """Take the lab away by its marks alone. Returns what could not be deleted, in words."""
     from netorch.system.netns_directory import remove_directory
-    from netorch.system.processes import end, marked
+    from netorch.system.processes import end_all
 
     with rundir.locked(lab.run):
         confirmation.call_off(lab.name, lab.run)
@@ -245,7 +248,7 @@ def teardown(lab: Lab, progress: Progress) -> list[str]:
             errors: list[str] = []
         else:
             errors = engine.teardown(machine(lab.scope), progress)
-            end(lab.scope, marked(lab.scope))  # what `exec` left running, or another version
+            end_all(lab.scope)  # what `exec` left running, or another version
             remove_directory(lab.scope.namespaces)
         if not errors:
             rundir.remove(lab.scope)

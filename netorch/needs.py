@@ -43,7 +43,7 @@ def _tried(topology: str) -> str:
 
 
 def _program(name: str) -> str:
-    from netorch.system.processes import program
+    from netorch.system.starting import program
 
     return "" if program(name) else f"{name} is not installed"
 

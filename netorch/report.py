@@ -12,9 +12,10 @@ from netorch.engine import Progress
 from netorch.expectations import Verdict
 from netorch.labs import Lab, Outcome, Standing, topology_of
 from netorch.planner import Action, Create, Delete, Update
-from netorch.resources import Resource
+from netorch.resources import Guest, Resource
 from netorch.system import leases, rundir
 from netorch.system.confirmation import Pending
+from netorch.system.endings import Ending
 from netorch.system.places import Place
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ def status_text(standing: Standing) -> None:
             (click.style(state, fg=COLOURS[state]), key, _detail(standing, state, resource))
         )
     table(("STATE", "KEY", "WHAT"), rows)
+    for ending in standing.endings.values():
+        for log, lines in (("QEMU", ending.qemu), ("its console", ending.console)):
+            if lines:
+                click.echo(f"\n{ending.guest}: the last lines of {log}:")
+                click.echo("\n".join(f"    {line}" for line in lines))
     held = leases.read(lab.scope)
     if held:
         click.echo()
@@ -150,6 +156,8 @@ def status_json(standing: Standing) -> dict[str, Any]:
         observed = standing.observed.get(key)
         if state == "changed" and observed is not None:
             row["observed"] = msgspec.to_builtins(observed)
+        if state == "missing" and (ending := _ending(standing, resource)):
+            row["ended"] = msgspec.to_builtins(ending)
         rows.append(row)
     return {
         **lab_json(standing.lab),
@@ -285,7 +293,13 @@ def _detail(standing: Standing, state: str, resource: Resource) -> str:
         return (
             f"{resource.describe()}; it is not as applied: {', '.join(resource.changes(observed))}"
         )
+    if state == "missing" and (ending := _ending(standing, resource)):
+        return f"{resource.describe()}: {ending.describe()}"
     return resource.describe()
+
+
+def _ending(standing: Standing, resource: Resource) -> Ending | None:
+    return standing.endings.get(resource.name) if isinstance(resource, Guest) else None
 
 
 def _where(place: Place) -> str:

@@ -32,6 +32,7 @@ class Lab(msgspec.Struct, frozen=True):
             lab=self.name,
             place=self.place.inode,
             private=self.place.private,
+            keeper=self.place.keeper,
             run=self.run,
             disks=self.disks,
         )

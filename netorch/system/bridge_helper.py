@@ -11,8 +11,8 @@ import socket
 from pathlib import Path
 
 from netorch.errors import MissingError, NetorchError
-from netorch.system.processes import start
 from netorch.system.scope import Scope
+from netorch.system.starting import start
 
 # Where Debian, Fedora and a build of one's own have it.
 _PATHS = (

@@ -32,9 +32,9 @@ import msgspec
 
 from netorch.errors import NetorchError, ReadyError, UsageError
 from netorch.resources import Record
-from netorch.system.processes import start
 from netorch.system.rundir import recorded, write
 from netorch.system.scope import Scope
+from netorch.system.starting import start
 
 Choice = Literal["auto", "current", "private"]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from netorch.errors import ImageError, MissingError
 from netorch.planner import Update
 from netorch.resources import Guest, Overlay, Resource
-from netorch.system.processes import Child, program, start
 from netorch.system.scope import Scope
+from netorch.system.starting import Child, program, start
 
 _QCOW2 = b"QFI\xfb"
 _BACKING_FORMAT = 0xE2792ACA

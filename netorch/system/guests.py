@@ -20,26 +20,27 @@ from typing import NamedTuple
 
 import msgspec
 
-from netorch.errors import ImageError, KernelError, MissingError, NetorchError
-from netorch.guests import Descriptors, argv
+from netorch.errors import ImageError, MissingError, NetorchError
+from netorch.guests import Descriptors, argv, needs_network
 from netorch.model import DISKLESS
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
 from netorch.system import boots, disks
 from netorch.system.accel import accelerator
-from netorch.system.guest_processes import directory_of, run_states, running
+from netorch.system.guest_processes import directory_of, end_guests, run_states, running
 from netorch.system.guest_taps import open_queues
-from netorch.system.processes import Child, end, program, start
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.scope import Scope
 from netorch.system.services import note_start
+from netorch.system.starting import Child, Start, program, start_all
 from netorch.system.tiny import tiny_image
 
 QEMU = "qemu-system-x86_64"
 _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qemu-system-x86)"
 
-# Each guest takes two descriptors while it starts, and 1024 is the usual limit of a process.
-_AT_ONCE = 200
+# What guests that start side by side may have open: 1024 descriptors are the usual limit.
+_DESCRIPTORS = 800
+_EACH = 10  # three sockets, the connection, the process, and all that a guest may boot
 
 # How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
 _RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
@@ -89,8 +90,8 @@ class Guests:
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
         errors: list[NetorchError] = []
-        for first in range(0, len(guests), _AT_ONCE):
-            self._create(guests[first : first + _AT_ONCE], done, errors)
+        for batch in _batches(guests):
+            self._create(batch, done, errors)
         if errors:
             raise errors[0]
 
@@ -106,15 +107,17 @@ class Guests:
                 done(change.new)
         if again:
             found = running(self._scope)
-            end(self._scope, [p for change in again for p in found.get(change.new.key, ())])
+            end_guests(self._scope, [p for change in again for p in found.get(change.new.key, ())])
             self.create([change.new for change in again], done)
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         found = running(self._scope)
-        end(self._scope, [p for guest in unwanted for p in found.get(guest.key, ())])
+        end_guests(self._scope, [p for guest in unwanted for p in found.get(guest.key, ())])
         for guest in unwanted:
             assert isinstance(guest, Guest)
             directory = directory_of(self._scope, guest.name)
+            # First: from here on the keeper has nothing to write there.
+            (directory / "process").unlink(missing_ok=True)
             if directory.exists():
                 shutil.rmtree(directory)
             done(guest)
@@ -146,9 +149,18 @@ class Guests:
             raise MissingError(f"{QEMU} is not installed", _INSTALL_QEMU)
         note_start(self._scope, [guest.key for guest in guests])
         started = []
-        for guest in guests:
-            with _collected(errors):
-                started.append(self._start(qemu, guest))
+        with contextlib.ExitStack() as opened:
+            prepared = []
+            for guest in guests:
+                with _collected(errors):
+                    prepared.append(self._prepare(qemu, guest, opened))
+            children = start_all(self._scope, [start for _guest, _qmp, start in prepared])
+            for (guest, qmp, _start), child in zip(prepared, children, strict=True):
+                if isinstance(child, Child):
+                    started.append(_Started(guest, child, qmp))
+                else:
+                    qmp.close()
+                    errors.append(child)
         greeted = []
         for process in started:
             with _collected(errors):
@@ -160,40 +172,35 @@ class Guests:
                 process.child.close()
                 done(process.guest)
 
-    def _start(self, qemu: str, guest: Guest) -> _Started:
+    def _prepare(
+        self, qemu: str, guest: Guest, opened: contextlib.ExitStack
+    ) -> tuple[Guest, Qmp, Start]:
+        """Open what QEMU is to inherit, and connect to the socket that it will answer at."""
         directory = directory_of(self._scope, guest.name)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         relative = directory.relative_to(self._scope.run)
-        with contextlib.ExitStack() as opened:
-            qmp_fd, serial_fd, agent_fd = (
-                opened.enter_context(listen(directory / f"{name}.sock")).fileno()
-                for name in ("qmp", "serial", "agent")
-            )
-            taps = tuple(
-                tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics
-            )
-            opening = boots.Opening(self._scope, guest, opened, self._progress)
-            boot = opening.boot()
-            qmp = Qmp(directory / "qmp.sock", guest.name)
-            accel = accelerator() if guest.accel == "auto" else guest.accel
-            fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
-            words = argv(
-                guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
-            )
-            try:
-                child = start(
-                    self._scope,
-                    guest,
-                    words,
-                    log=directory / "qemu.log",
-                    pass_fds=[*_numbers(fds), *opening.fds],
-                    capabilities=(),
-                    daemon=True,
-                )
-            except KernelError:
-                qmp.close()
-                raise
-        return _Started(guest, child, qmp)
+        qmp_fd, serial_fd, agent_fd = (
+            opened.enter_context(listen(directory / f"{name}.sock")).fileno()
+            for name in ("qmp", "serial", "agent")
+        )
+        taps = tuple(tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics)
+        opening = boots.Opening(self._scope, guest, opened, self._progress)
+        boot = opening.boot()
+        accel = accelerator() if guest.accel == "auto" else guest.accel
+        fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
+        words = argv(
+            guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
+        )
+        start = Start(
+            guest,
+            words,
+            log=directory / "qemu.log",
+            pass_fds=[*_numbers(fds), *opening.fds],
+            capabilities=(),
+            apart=not needs_network(guest),
+            kept=directory,
+        )
+        return guest, Qmp(directory / "qmp.sock", guest.name), start
 
 
 def _state(resource: Resource) -> str:
@@ -212,6 +219,20 @@ def _await_greeting(started: _Started) -> None:
             raise
         cause = output or "QEMU ended and said nothing"
         raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
+
+
+def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
+    batch: list[Guest] = []
+    left = _DESCRIPTORS
+    for guest in guests:
+        needed = _EACH + sum(nic.queues for nic in guest.nics)
+        if batch and needed > left:
+            yield batch
+            batch, left = [], _DESCRIPTORS
+        batch.append(guest)
+        left -= needed
+    if batch:
+        yield batch
 
 
 def _numbers(fds: Descriptors) -> list[int]:

@@ -36,7 +36,7 @@ def guest_reason(scope: Scope, guest: str, links: Sequence[str], step: str) -> s
     console = directory / "serial.log"
     if not console.exists() or not console.stat().st_size:
         return "it runs, but has written nothing to its serial console: does it boot?"
-    return f"it has not asked for an address{last_lines(console)}"
+    return f"it has not asked for an address{log_end(console)}"
 
 
 def host_reason(links: Sequence[str], step: str) -> str:
@@ -55,20 +55,25 @@ def dhcp_reason(step: str) -> str:
     }.get(step, f"the last DHCP message was {step}")
 
 
-def last_lines(log: Path) -> str:
+def log_end(log: Path) -> str:
     """The end of a log, to be put behind a sentence; "" if there is none."""
+    lines = last_lines(log)
+    if not lines:
+        return ""
+    return "; the last lines of {}:\n{}".format(log, "\n".join(f"    {line}" for line in lines))
+
+
+def last_lines(log: Path) -> list[str]:
+    """The last lines of a log that aren't empty, without what terminals are told."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - _TAIL))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
-        return ""
+        return []
     plain = _ESCAPE.sub("", text).splitlines()
-    lines = [line.strip() for line in plain if line.strip()][-_LINES:]
-    if not lines:
-        return ""
-    return "; the last lines of {}:\n{}".format(log, "\n".join(f"    {line}" for line in lines))
+    return [line.strip() for line in plain if line.strip()][-_LINES:]
 
 
 def _link_reason(names: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from netorch.errors import ReadyError
 from netorch.planner import Create, Plan
 from netorch.resources import DhcpClient, Guest, Tap, Veth
 from netorch.state import State
-from netorch.system.late import guest_reason, host_reason, last_lines
+from netorch.system.late import guest_reason, host_reason, log_end
 from netorch.system.processes import leaders, marked
 from netorch.system.scope import Scope
 from netorch.system.watch import Watch
@@ -241,7 +241,7 @@ class _Wait:
                     [run / "hosts" / name / f"udhcpc-{device}.log"],
                 ),
             }[kind]
-            lines.append(f"{what} has ended{''.join(last_lines(log) for log in logs)}")
+            lines.append(f"{what} has ended{''.join(log_end(log) for log in logs)}")
         return ReadyError("\n".join(lines), "the lab's other parts are up: see `netorch status`")
 
     def _too_late(self) -> ReadyError:

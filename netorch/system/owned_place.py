@@ -20,7 +20,7 @@ from pathlib import Path
 from netorch.errors import MissingError
 from netorch.system import place_birth
 from netorch.system.places import Place
-from netorch.system.processes import program
+from netorch.system.starting import program
 
 UPLINK = "none"
 

@@ -1,6 +1,6 @@
 """Making a private place, so that a SIGKILL at any moment leaves nothing.
 
-    netorch ──fork──▶ founder: unshare, id maps, mounts, lo up ──fork──▶ PID 1 (place_init.py)
+    netorch ──fork──▶ founder: unshare, id maps, mounts, lo up ──fork──▶ PID 1 (keeper.py)
        └─────fork──▶ starter of the uplink (uplinks.py), meanwhile
 
 PID 1 reads a leash, a pipe whose writing end only netorch has. Until it has read the uplink's name
@@ -27,7 +27,7 @@ from netorch.system.namespaces import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_REC, MS
 from netorch.system.places import Place, Uplink
 from netorch.system.scope import current_place
 
-_INIT = Path(__file__).with_name("place_init.py")
+_INIT = Path(__file__).with_name("keeper.py")
 _APPARMOR = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 
 
@@ -82,6 +82,7 @@ def create(lab: str, run: Path, uplink: Uplink, subnet: str) -> Place:
         uplink=chosen,
         run=str(run),
         reason=reason,
+        keeper=True,
     )
 
 
@@ -146,7 +147,7 @@ def _become_init(lab: str, run: Path, inode: int, leash_read: int, answer: int) 
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         os.chdir("/")
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        marks = init_marks(lab, run, inode)
+        marks = {**init_marks(lab, run, inode), "NETORCH_KEEPER": "1"}
         os.execve(sys.executable, [sys.executable, "-I", "-S", "-E", str(_INIT), lab], marks)
     except OSError as error:
         os.write(1, f"can't run {sys.executable}: {error.strerror}".encode())

@@ -1,7 +1,7 @@
 """Where a lab lives: the network namespace that netorch is run in, or a private place of the lab's
 own.
 
-A private place is a user, network, mount and PID namespace with a small PID 1 (place_init.py). It
+A private place is a user, network, mount and PID namespace with a small PID 1 (keeper.py). It
 needs no privilege: one id is mapped, and that id owns everything in there. Killing PID 1 is the
 whole teardown, since the kernel then kills every process of the PID namespace, and links and mounts
 go with the last of them.
@@ -40,7 +40,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     a private one that is gone.
 
     `run` is the lab's run directory, "" for the current place. `reason` says why there is no
-    uplink, where creating the place found that out.
+    uplink, where creating the place found that out. `keeper`: PID 1 notes how its orphans end.
     """
 
     lab: str
@@ -50,6 +50,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     uplink: str = ""
     run: str = ""
     reason: str = ""
+    keeper: bool = False
 
 
 def has_net_admin() -> bool:
@@ -162,6 +163,7 @@ def _places() -> Iterator[tuple[int, Place]]:
                     init=pids[-2],
                     uplink=uplink,
                     run=run,
+                    keeper=environ.get("NETORCH_KEEPER") == "1",
                 )
                 yield pid, place
 
@@ -216,9 +218,8 @@ def _members(init: int) -> dict[int, int]:
         with suppress(OSError):  # it may end while we read
             if not name.isdecimal() or len(pids := _nspid(name)) <= len(own):
                 continue
-            here[pids[0]] = pids[len(own) - 1]
-            parents[pids[0]] = _status(name, "PPid")[0]
-            homes[pids[0]] = _pid_namespace(name)
+            parent, home = _status(name, "PPid")[0], _pid_namespace(name)
+            here[pids[0]], parents[pids[0]], homes[pids[0]] = pids[len(own) - 1], parent, home
     found = {pid for pid in parents if homes[pid] == homes.get(init)}
     # A child of a member is one too: pasta can't be asked, and is in a PID namespace of its own.
     while more := {pid for pid in parents if parents[pid] in found} - found:

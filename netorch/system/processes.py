@@ -1,4 +1,4 @@
-"""Processes: the one function that starts them, and the two that find and end them by their marks.
+"""The processes of a lab, found and ended by their marks; netorch.system.starting starts them.
 
 Theory of operation
 -------------------
@@ -10,41 +10,21 @@ own environment).
 
 A pid alone is no identity. `end` opens a pidfd first, looks at the marks and the start time after
 that, and signals through the pidfd: a pid that was given to somebody else in between is never hit.
-
-`start` forks and executes by itself. subprocess.Popen costs 14 ms to import, complains about a
-child that outlives it (all of ours do), and can tell only that "preexec_fn failed", not why. The
-child
-- is in a session of its own, with /dev/null as input, a log as output, and no descriptor but those
-  passed;
-- is in another network namespace if asked to (a host's DHCP client);
-- keeps the capabilities that it was granted and can never have more: bounding, inheritable, ambient
-  and permitted sets are cut down to them, and no_new_privs is set.
-
-What goes wrong before the exec comes back as an errno through a pipe that the exec closes. A daemon
-is forked twice: orphans go to the init of their parent's PID namespace (kernel/exit.c,
-find_new_reaper), and ours, outside of a private place, may be one that never reaps.
 """
 
-import errno
 import logging
 import os
 import select
 import signal
-import struct
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from netorch.errors import KernelError
-from netorch.resources import AnyResource, Resource, decode
-from netorch.system.capabilities import confine
-from netorch.system.namespaces import NEWNET, send_signal, setns, wait_exit
+from netorch.resources import AnyResource, decode
+from netorch.system.namespaces import send_signal
 from netorch.system.scope import Scope
-
-# Where daemons are on distributions whose ordinary users have no sbin in their PATH (Debian).
-_SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 # How many processes are ended at once: each takes a descriptor, and 1024 is the usual limit.
 _AT_ONCE = 256
@@ -60,129 +40,6 @@ class Marked(NamedTuple):
     start_time: int
     parent: int
     resource: AnyResource | None
-
-
-class Child(NamedTuple):
-    """A process that this one started. The pidfd belongs to whoever holds the Child.
-
-    The exit status of a daemon is not for us to know: see `start`.
-    """
-
-    pid: int
-    pidfd: int
-    log: Path
-    log_start: int  # the size of the log when it was started
-
-    def exit_status(self, timeout: float | None = None) -> int | None:
-        """Its exit status, or minus the signal that ended it; None after `timeout` seconds."""
-        if not wait_exit(self.pidfd, timeout):
-            return None
-        ended = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        assert ended is not None, "without WNOHANG"
-        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-
-    def has_ended(self, timeout: float) -> bool:
-        """Whether it has ended, or does so within `timeout` seconds."""
-        return wait_exit(self.pidfd, timeout)
-
-    def output(self) -> str:
-        """What it has written to its log so far."""
-        with self.log.open("rb") as log:
-            log.seek(self.log_start)
-            return log.read().decode(errors="replace").strip()
-
-    def close(self) -> None:
-        os.close(self.pidfd)
-
-
-def program(name: str) -> str | None:
-    """The path of a program, also looked for where daemons are; None if it is not installed."""
-    for directory in (*os.get_exec_path(), *_SBIN):
-        path = os.path.join(directory, name)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
-
-
-def start(
-    scope: Scope,
-    resource: Resource | None,
-    argv: Sequence[str],
-    *,
-    log: Path,
-    cwd: Path | None = None,
-    pass_fds: Sequence[int] = (),
-    capabilities: Sequence[int] | None = None,
-    namespace: Path | None = None,
-    environment: dict[str, str] | None = None,
-    daemon: bool = False,
-) -> Child:
-    """Start a process with the lab's marks; when this returns, it is executed.
-
-    `argv[0]` is a path. An `environment` of its own has other marks, or none. `capabilities` are
-    all that it may ever have (None: those of this process), `namespace` is a network namespace to
-    run it in, `cwd` defaults to the run directory. A `daemon` becomes a child of the init of the
-    lab's PID namespace. Raises KernelError.
-    """
-    if _log.isEnabledFor(logging.INFO):
-        import shlex
-
-        _log.info("start: %s", shlex.join(argv))
-    opened: list[int] = []
-    try:
-        output = _open(opened, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        network = None if namespace is None else _open(opened, namespace, os.O_RDONLY)
-        log_start = os.fstat(output).st_size
-        report, said = os.pipe2(os.O_CLOEXEC)
-        opened += [report, said]
-        if environment is None:
-            environment = scope.environment(resource)
-        pid = os.fork()
-        if pid == 0:
-            _become(
-                argv,
-                environment,
-                cwd or scope.run,
-                output,
-                pass_fds,
-                network,
-                capabilities,
-                said,
-                daemon,
-            )
-        opened.remove(said)
-        os.close(said)
-        with open(report, "rb", closefd=False) as pipe:
-            told, *failed = struct.iter_unpack("i", pipe.read())
-        if daemon or failed:
-            os.waitpid(pid, 0)
-        for (number,) in failed:
-            raise KernelError(f"failed to start {argv[0]}: {os.strerror(number)}", number)
-        child = Child(told[0], os.pidfd_open(told[0]), log, log_start)
-        _await_marks(child)
-        return child
-    except OSError as error:
-        raise KernelError(
-            f"failed to start {argv[0]}: {error.strerror}", error.errno or 0
-        ) from error
-    finally:
-        for fd in opened:
-            os.close(fd)
-
-
-def _await_marks(child: Child) -> None:
-    """Wait until the marks can be read: the kernel closes the report pipe some microseconds before
-    it says where the new environment is (fs/exec.c, begin_new_exec; fs/binfmt_elf.c). No event
-    tells of that, so this gives the processor away until it is there.
-    """
-    while not child.has_ended(0):
-        try:
-            with open(f"/proc/{child.pid}/environ", "rb", buffering=0) as environ:
-                if environ.read(1):
-                    return
-        except (FileNotFoundError, PermissionError, ProcessLookupError):
-            return  # gone, or it has changed its user: then it has been executed
-        os.sched_yield()
 
 
 def marked(scope: Scope) -> list[Marked]:
@@ -224,62 +81,14 @@ def end(scope: Scope, processes: Sequence[Marked], grace: float = 5.0) -> None:
                 os.close(fd)
 
 
-def _open(opened: list[int], path: Path, flags: int) -> int:
-    opened.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
-    return opened[-1]
-
-
-def _become(
-    argv: Sequence[str],
-    environment: dict[str, str],
-    cwd: Path,
-    output: int,
-    pass_fds: Sequence[int],
-    network: int | None,
-    capabilities: Sequence[int] | None,
-    said: int,
-    daemon: bool,
+def end_all(
+    scope: Scope, belongs: Callable[[Marked], bool] = lambda _: True, grace: float = 5.0
 ) -> None:
-    """The child's part, between fork and exec. Never returns."""
-    number = errno.EINVAL
-    try:
-        if daemon and os.fork() > 0:
-            os._exit(0)
-        # As /proc has it, which is the outer one in a private place.
-        os.write(said, struct.pack("i", int(os.readlink("/proc/self"))))
-        os.setsid()
-        os.chdir(cwd)
-        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        # Python ignores these two; ignoring is inherited, and no daemon expects it.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if network is not None:
-            setns(network, NEWNET)
-        _close_all_but({0, 1, 2, said, *pass_fds})
-        for fd in (0, 1, 2, *pass_fds):
-            os.set_inheritable(fd, True)
-        if capabilities is not None:
-            confine(capabilities)
-        os.execve(argv[0], list(argv), environment)
-    except OSError as error:
-        number = error.errno or errno.EINVAL
-    finally:
-        try:
-            os.write(said, struct.pack("i", number))
-        finally:
-            os._exit(127)
-
-
-def _close_all_but(kept: set[int]) -> None:
-    low = 0
-    for fd in sorted(kept):
-        if low < fd:  # os.closerange(0, 0) closes everything (Python 3.11)
-            os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+    """End all processes of the lab that belong, and those that they start meanwhile: a child that
+    is forked after the look at /proc has nobody else who ends it.
+    """
+    while found := [process for process in marked(scope) if belongs(process)]:
+        end(scope, found, grace)
 
 
 def _look(scope: Scope, pid: int) -> Marked | None:

@@ -62,6 +62,7 @@ def listen(path: Path) -> socket.socket:
     """A Unix socket that listens at `path`, for QEMU to inherit."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
+    os.fchmod(listener.fileno(), 0o600)  # the mode of the file that bind makes
     with socket_path(path) as short:
         listener.bind(short)
     listener.listen()

@@ -27,6 +27,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     lab: str
     place: int
     private: bool = False
+    keeper: bool = False  # the init that daemons are left to notes how they end (keeper.py)
     run: Path  # 0700: configuration, logs, sockets, leases; gone after teardown
     disks: Path  # overlays of guests' images; gone after teardown
 

@@ -25,8 +25,9 @@ from netorch.planner import Update
 from netorch.resources import DhcpClient, Dnsmasq, Resource
 from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW, missing
 from netorch.system.namespaces import send_signal
-from netorch.system.processes import Child, end, leaders, marked, program, start
+from netorch.system.processes import end, leaders, marked
 from netorch.system.scope import Scope
+from netorch.system.starting import Child, program, start
 
 # dnsmasq 2.90 needs these three even as root (src/dnsmasq.c), and no other if it stays root; udhcpc
 # as well.

@@ -27,7 +27,7 @@ from typing import NamedTuple, NoReturn
 from netorch.errors import MissingError, NetorchError
 from netorch.system import namespaces
 from netorch.system.namespaces import MS_BIND, NEWNET, NEWNS, NEWPID, NEWUSER
-from netorch.system.processes import program
+from netorch.system.starting import program
 
 INTERFACE = "uplink0"
 _PROGRAMS = ("pasta", "slirp4netns")

@@ -16,7 +16,7 @@ import pytest
 import netorch
 from netorch import errors, starter
 from netorch.system import places
-from netorch.system.processes import program
+from netorch.system.starting import program
 
 TWO = """
 [networks.lan]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from netorch.system.processes import program
+from netorch.system.starting import program
 
 ROOT = Path(__file__).parents[2]
 

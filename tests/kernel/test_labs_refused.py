@@ -12,7 +12,7 @@ import pytest
 from netorch import cli, report
 from netorch.engine import Progress
 from netorch.labs import PlaceChoice
-from netorch.system import namespaces, processes
+from netorch.system import namespaces, starting
 from tests import untouched
 from tests.isolation import ip
 from tests.kernel.test_labs_killed import CHANGED, LAB
@@ -79,7 +79,7 @@ def test_a_missing_program_is_named(lab_machine: Make, program: str) -> None:
     machine = lab_machine()
     machine.write(LAB)
     before = machine.look()
-    found = processes.program(program)
+    found = starting.program(program)
     assert found is not None
     path = Path(found)
     namespaces.mount("/dev/null", path.resolve(), flags=namespaces.MS_BIND)

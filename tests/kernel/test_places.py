@@ -19,8 +19,8 @@ import pytest
 from netorch.errors import ConflictError, MissingError, NetorchError
 from netorch.system import namespaces, place_birth, places, uplinks
 from netorch.system.places import Place, Uplink
-from netorch.system.processes import program
 from netorch.system.scope import current_place
+from netorch.system.starting import program
 
 from .machine import FAR, FAR_ADDRESS, PREFIX, on_a_machine, run, run_forked
 
@@ -186,6 +186,30 @@ def test_a_process_that_entered_destroys_the_place_and_its_own_children() -> Non
         for child in children:
             with pytest.raises(ChildProcessError):
                 os.waitpid(child, 0)
+
+    assert run_forked(body) == ""
+    assert left_over() == []
+
+
+@on_a_machine
+def test_a_process_that_ends_while_destroy_looks_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = make()
+
+    def body() -> None:
+        places.enter(place)
+        child = os.posix_spawn("/bin/sleep", ["sleep", "100"], {})
+        look = places._pid_namespace
+
+        def ended(pid: str) -> int:
+            if pid == str(child):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            return look(pid)
+
+        monkeypatch.setattr(places, "_pid_namespace", ended)
+        places.destroy(place)
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
 
     assert run_forked(body) == ""
     assert left_over() == []

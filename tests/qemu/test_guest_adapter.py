@@ -145,16 +145,16 @@ def test_a_guest_that_was_never_continued_is_seen_and_continued(tmp_path: Path) 
             qmp.ask("stop")
         (seen,) = guests.observe()
         assert seen == msgspec.structs.replace(wanted, state="paused")
-        (process,) = marked(scope)
+        (process,) = leaders(marked(scope))[wanted.key]
         guests.update([Update(seen, wanted)], nothing)
         assert list(guests.observe()) == [wanted]
-        assert [again.pid for again in marked(scope)] == [process.pid]
+        assert [again.pid for again in leaders(marked(scope))[wanted.key]] == [process.pid]
         path.unlink()  # nobody can ask it any more: it is made again
         (seen,) = guests.observe()
         assert seen.state == "unreachable"
         guests.update([Update(seen, wanted)], nothing)
         assert list(guests.observe()) == [wanted]
-        assert [again.pid for again in marked(scope)] != [process.pid]
+        assert [again.pid for again in leaders(marked(scope))[wanted.key]] != [process.pid]
 
 
 @on_a_machine

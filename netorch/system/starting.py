@@ -1,0 +1,322 @@
+"""Starting processes of a lab.
+
+`start` and `start_all` fork and execute by themselves. subprocess.Popen costs 14 ms to import,
+complains about a child that outlives it (all of ours do), and can tell only that "preexec_fn
+failed", not why. The child
+- is in a session of its own, with /dev/null as input, a log as output, and no descriptor but those
+  passed;
+- is in another network namespace if asked to: a host's, or an empty one (`apart`);
+- keeps the capabilities that it was granted and can never have more: bounding, inheritable, ambient
+  and permitted sets are cut down to them, and no_new_privs is set.
+
+What goes wrong before the exec comes back as an errno through a pipe that the exec closes.
+
+Daemons are forked by a process in between, which then leaves them to the init of their PID
+namespace (kernel/exit.c, find_new_reaper). That of a private place is a keeper (keeper.py): it
+notes how those end that have a `kept` directory. Elsewhere init may be one that never reaps, so a
+process in between that has something to keep stays and becomes a keeper itself.
+"""
+
+import errno
+import logging
+import os
+import signal
+import struct
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from netorch.errors import KernelError
+from netorch.resources import Resource
+from netorch.system.capabilities import confine
+from netorch.system.namespaces import NEWNET, setns, unshare, wait_exit
+from netorch.system.scope import Scope
+
+# Where daemons are on distributions whose ordinary users have no sbin in their PATH (Debian).
+_SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+_KEEPER = Path(__file__).with_name("keeper.py")
+
+# What comes through the pipe: the number of the start (_IN_BETWEEN for the process in between),
+# what it is about, and a pid or an errno.
+_MESSAGE = struct.Struct("iii")
+_PID, _ERRNO = 0, 1
+_IN_BETWEEN = -1
+
+_log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """A process to be started. `argv[0]` is a path; `log` gets its output.
+
+    An `environment` of its own has other marks, or none. `capabilities` are all that it may ever
+    have (None: those of this process), `namespace` is a network namespace to run it in, `cwd`
+    defaults to the run directory. `apart`: in an empty network namespace, where this process may
+    make one. `kept`: the directory in which its keeper notes how it ended; only for a daemon.
+    """
+
+    resource: Resource | None
+    argv: Sequence[str]
+    log: Path
+    cwd: Path | None = None
+    pass_fds: Sequence[int] = ()
+    capabilities: Sequence[int] | None = None
+    namespace: Path | None = None
+    environment: dict[str, str] | None = None
+    apart: bool = False
+    kept: Path | None = None
+
+
+class Child(NamedTuple):
+    """A process that this one started. The pidfd belongs to whoever holds the Child.
+
+    The exit status of a daemon is not for us to know: see `start_all`.
+    """
+
+    pid: int
+    pidfd: int
+    log: Path
+    log_start: int  # the size of the log when it was started
+
+    def exit_status(self, timeout: float | None = None) -> int | None:
+        """Its exit status, or minus the signal that ended it; None after `timeout` seconds."""
+        if not wait_exit(self.pidfd, timeout):
+            return None
+        ended = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        assert ended is not None, "without WNOHANG"
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def has_ended(self, timeout: float) -> bool:
+        """Whether it has ended, or does so within `timeout` seconds."""
+        return wait_exit(self.pidfd, timeout)
+
+    def output(self) -> str:
+        """What it has written to its log so far."""
+        with self.log.open("rb") as log:
+            log.seek(self.log_start)
+            return log.read().decode(errors="replace").strip()
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+
+
+class _Opened(NamedTuple):
+    """A Start with what was opened for it."""
+
+    start: Start
+    output: int
+    network: int | None
+    environment: dict[str, str]
+    log_start: int
+
+
+def program(name: str) -> str | None:
+    """The path of a program, also looked for where daemons are; None if it is not installed."""
+    for directory in (*os.get_exec_path(), *_SBIN):
+        path = os.path.join(directory, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def start(
+    scope: Scope,
+    resource: Resource | None,
+    argv: Sequence[str],
+    *,
+    log: Path,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    capabilities: Sequence[int] | None = None,
+    namespace: Path | None = None,
+    environment: dict[str, str] | None = None,
+    daemon: bool = False,
+) -> Child:
+    """Start a process with the lab's marks; when this returns, it is executed. See `Start`.
+
+    A `daemon` becomes a child of the init of the lab's PID namespace. Raises KernelError.
+    """
+    one = Start(resource, argv, log, cwd, pass_fds, capabilities, namespace, environment)
+    (result,) = _start(scope, [one], daemon)
+    if isinstance(result, KernelError):
+        raise result
+    return result
+
+
+def start_all(scope: Scope, starts: Sequence[Start]) -> list[Child | KernelError]:
+    """Start daemons side by side; for each the Child, or why it could not be started."""
+    return _start(scope, starts, daemon=True)
+
+
+def _start(scope: Scope, starts: Sequence[Start], daemon: bool) -> list[Child | KernelError]:
+    keeper = daemon and not scope.keeper and any(one.kept for one in starts)
+    opened: list[int] = []
+    try:
+        ready = [_open(scope, one, opened) for one in starts]
+        report, said = os.pipe2(os.O_CLOEXEC)
+        opened += [report, said]
+        pid = os.fork()
+        if pid == 0:
+            if daemon:
+                _be_in_between(scope, ready, said, keeper)
+            _become(ready[0], 0, said, None)
+        opened.remove(said)
+        os.close(said)
+        with open(report, "rb", closefd=False) as pipe:
+            told = list(_MESSAGE.iter_unpack(pipe.read()))
+        failed = {number: value for number, what, value in told if what == _ERRNO}
+        if daemon or failed:
+            os.waitpid(pid, 0)
+        if _IN_BETWEEN in failed:
+            return [_failure(one, failed[_IN_BETWEEN]) for one in starts]
+        pids = {number: value for number, what, value in told if what == _PID}
+        return [
+            _failure(one.start, failed[number]) if number in failed else _child(one, pids[number])
+            for number, one in enumerate(ready)
+        ]
+    except OSError as error:
+        raise KernelError(
+            f"failed to start {starts[0].argv[0]}: {error.strerror}", error.errno or 0
+        ) from error
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def _open(scope: Scope, one: Start, opened: list[int]) -> _Opened:
+    if _log.isEnabledFor(logging.INFO):
+        import shlex
+
+        _log.info("start: %s", shlex.join(one.argv))
+    output = os.open(one.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    opened.append(output)
+    network = None
+    if one.namespace is not None:
+        network = os.open(one.namespace, os.O_RDONLY | os.O_CLOEXEC)
+        opened.append(network)
+    environment = one.environment
+    if environment is None:
+        environment = scope.environment(one.resource)
+    # The children know no scope: what is relative to it is said in full.
+    return _Opened(
+        one._replace(cwd=one.cwd or scope.run),
+        output,
+        network,
+        environment,
+        os.fstat(output).st_size,
+    )
+
+
+def _failure(one: Start, number: int) -> KernelError:
+    return KernelError(f"failed to start {one.argv[0]}: {os.strerror(number)}", number)
+
+
+def _child(one: _Opened, pid: int) -> Child:
+    child = Child(pid, os.pidfd_open(pid), one.start.log, one.log_start)
+    _await_marks(child)
+    return child
+
+
+def _await_marks(child: Child) -> None:
+    """Wait until the marks can be read: the kernel closes the report pipe some microseconds before
+    it says where the new environment is (fs/exec.c, begin_new_exec; fs/binfmt_elf.c). No event
+    tells of that, so this gives the processor away until it is there.
+    """
+    while not child.has_ended(0):
+        try:
+            with open(f"/proc/{child.pid}/environ", "rb", buffering=0) as environ:
+                if environ.read(1):
+                    return
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            return  # gone, or it has changed its user: then it has been executed
+        os.sched_yield()
+
+
+def _be_in_between(scope: Scope, ready: Sequence[_Opened], said: int, keeper: bool) -> NoReturn:
+    """The part of the process that forks the daemons."""
+    number = 0
+    try:
+        if keeper and os.fork() > 0:
+            os._exit(0)
+        ordered = sorted(enumerate(ready), key=lambda item: item[1].start.apart)
+        empty = False
+        for index, one in ordered:
+            if one.start.apart and not empty:
+                # Not everybody who may run a lab may make a namespace (CAP_SYS_ADMIN).
+                with suppress(PermissionError):
+                    unshare(NEWNET)
+                empty = True
+            if os.fork() == 0:
+                _become(one, index, said, one.start.kept)
+        if keeper:
+            os.setsid()
+            null = os.open("/dev/null", os.O_RDWR)
+            for standard in (0, 1, 2):
+                os.dup2(null, standard)
+            _close_all_but({0, 1, 2, said})
+            os.chdir("/")
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            words = [sys.executable, "-I", "-S", "-E", str(_KEEPER), "keep", str(scope.run)]
+            os.execve(sys.executable, words, scope.environment())
+    except OSError as error:
+        number = error.errno or errno.EIO
+    finally:
+        # Also on KeyboardInterrupt: the parent's frames above are not this process's to unwind.
+        if number:
+            os.write(said, _MESSAGE.pack(_IN_BETWEEN, _ERRNO, number))
+        os._exit(0)
+
+
+def _become(one: _Opened, index: int, said: int, kept: Path | None) -> NoReturn:
+    """The child's part, between fork and exec."""
+    number = errno.EINVAL
+    try:
+        # As /proc has it, which is the outer one in a private place.
+        os.write(said, _MESSAGE.pack(index, _PID, int(os.readlink("/proc/self"))))
+        if kept is not None:
+            _be_kept(kept)
+        start = one.start
+        assert start.cwd is not None, "_open fills it in"
+        os.setsid()
+        os.chdir(start.cwd)
+        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        os.dup2(one.output, 1)
+        os.dup2(one.output, 2)
+        # Python ignores these two; ignoring is inherited, and no daemon expects it.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if one.network is not None:
+            setns(one.network, NEWNET)
+        _close_all_but({0, 1, 2, said, *start.pass_fds})
+        for fd in (0, 1, 2, *start.pass_fds):
+            os.set_inheritable(fd, True)
+        if start.capabilities is not None:
+            confine(start.capabilities)
+        os.execve(start.argv[0], list(start.argv), one.environment)
+    except OSError as error:
+        number = error.errno or errno.EINVAL
+    finally:
+        try:
+            os.write(said, _MESSAGE.pack(index, _ERRNO, number))
+        finally:
+            os._exit(127)
+
+
+def _be_kept(directory: Path) -> None:
+    """Say to the keeper which process this directory is about: by the pid that it knows."""
+    with suppress(FileNotFoundError):
+        (directory / "ended").unlink()
+    new = directory / "process.new"
+    new.write_text(str(os.getpid()))
+    new.rename(directory / "process")
+
+
+def _close_all_but(kept: set[int]) -> None:
+    low = 0
+    for fd in sorted(kept):
+        if low < fd:  # os.closerange(0, 0) closes everything (Python 3.11)
+            os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
