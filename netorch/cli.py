@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from netorch import __version__
+from netorch import __version__, guest_cli
+from netorch.cli_options import FILE, JSON, LAB, PLACE, quiet_signals
 from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
 
 if TYPE_CHECKING:
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 
     from netorch.expectations import Verdict
     from netorch.model import Topology
-
-FILE = click.argument("file", type=click.Path(path_type=Path))
-LAB = click.argument("lab", required=False)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-PLACE = click.option(
-    "--private",
-    "place",
-    flag_value="private",
-    default="auto",
-    help="Use a private namespace even if the current one could be changed.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -58,7 +48,7 @@ def apply(file: Path, place: str, and_verify: bool, as_json: bool, confirm: floa
     from netorch import labs, report
 
     topology = _load(file)
-    progress = report.Printer(sys.stderr, _quiet_signals)
+    progress = report.Printer(sys.stderr, quiet_signals)
     source = str(file.resolve())
     outcome = labs.apply(topology, source, place, progress, confirm)  # type: ignore[arg-type]
     made = report.plan_json(outcome)
@@ -186,7 +176,7 @@ def teardown(lab: str | None, every: bool) -> None:
         raise UsageError("--all takes no name")
     failed = False
     for there in labs.labs() if every else [labs.find(lab)]:
-        progress = report.Printer(sys.stderr, _quiet_signals)
+        progress = report.Printer(sys.stderr, quiet_signals)
         errors = labs.teardown(there, progress)
         report.down(there, progress, errors)
         failed = failed or bool(errors)
@@ -205,6 +195,26 @@ def leases(lab: str | None, as_json: bool) -> None:
         report.json_out(report.leases_json(found))
     else:
         report.leases_text(found)
+
+
+@cli.command()
+@click.argument("tap", metavar="[TAP|PID]", required=False)
+@JSON
+def taps(tap: str | None, as_json: bool) -> None:
+    """Show who has which tap open, netorch's or anybody's: all, those of one name, or those of one
+    process.
+    """
+    from netorch import tap_report
+    from netorch.tap_queues import find
+
+    found = find()
+    rows = tap_report.chosen(found, tap)
+    if as_json:
+        tap_report.json_out(rows)
+    else:
+        tap_report.text(rows)
+    for line in tap_report.unseen(found, rows, os.geteuid() == 0):
+        click.echo(line, err=True)
 
 
 @cli.command(name="exec", context_settings={"ignore_unknown_options": True})
@@ -263,6 +273,10 @@ def schema() -> None:
     report.json_out(of_file())
 
 
+for command in guest_cli.COMMANDS:
+    cli.add_command(command)
+
+
 def main() -> NoReturn:
     """Entry point. Turns errors into messages and exit statuses."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -311,9 +325,3 @@ def _complain(error: NetorchError) -> None:
             click.echo(f"{click.style('left behind:', fg='red')} {line}", err=True)
         if not error.undone and not error.left:
             click.echo("nothing had to be undone", err=True)
-
-
-def _quiet_signals() -> None:
-    """A rollback that is interrupted would leave what it was called to remove."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -52,7 +52,12 @@ def compile(topology: Topology, facts: Facts, run: Path, table: str, source: str
     name of its nft table, `source` the file. Raises ConflictError if no subnet is left for an
     "auto" address.
     """
-    return State(_Compiler(topology, facts, run, table, source).resources())
+    order = {
+        f"guest:{name}": tuple(f"guest:{other}" for other in guest.after)
+        for name, guest in topology.guests.items()
+        if guest.after
+    }
+    return State(_Compiler(topology, facts, run, table, source).resources(), order)
 
 
 class _Compiler:

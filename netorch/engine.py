@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Protocol
 
-from netorch.errors import ApplyError, ConflictError, NetorchError
+from netorch.errors import ApplyError, ConflictError, NetorchError, ReadyError
 from netorch.planner import Action, Create, Plan, diff
 from netorch.resources import Resource
 from netorch.state import EMPTY, State
@@ -59,7 +59,7 @@ class Undo:
 
     A NetorchError, an OSError or a KeyboardInterrupt becomes an ApplyError that says what was
     undone and what could not be; any other exception is a defect and passes through after the
-    rollback.
+    rollback. A ReadyError undoes nothing: what came late can be looked at, or waited for again.
     """
 
     def __init__(self, machine: Machine, before: State, progress: Progress) -> None:
@@ -76,7 +76,7 @@ class Undo:
         reason: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if reason is None:
+        if reason is None or isinstance(reason, ReadyError):
             return
         self._progress.undoing(reason)
         plan = diff(self._before, self._machine.observe())
@@ -94,14 +94,15 @@ def apply(
     desired: State,
     progress: Progress,
     ready: Callable[[Plan], object] = lambda plan: None,
+    before: Callable[[Sequence[Action], Plan], object] = lambda step, plan: None,
     observed: State | None = None,
 ) -> Plan:
     """Bring the machine to `desired`; return the plan that did it, empty if nothing had to be done.
 
-    `ready` waits for what has to come to life by itself; what it raises leaves the machine as it is
-    then, except that an interruption takes back what was done. `observed` is what is known to be
-    there, if it is known. Raises ConflictError before the first change, ApplyError after the
-    rollback.
+    `ready` waits for what has to come to life by itself, and `before` for what a step has to come
+    after; a ReadyError leaves the machine as it is then, but an interruption takes back what was
+    done. `observed` is what is known to be there, if it is known. Raises ConflictError before the
+    first change, ApplyError after the rollback.
     """
     observed = machine.observe() if observed is None else observed
     plan = diff(desired, observed)
@@ -110,6 +111,7 @@ def apply(
         check(machine, plan)
         with Undo(machine, observed, progress):
             for step in plan.steps:
+                before(step, plan)
                 machine.execute(step, progress.done)
             rest = diff(desired, machine.observe())
             if rest:

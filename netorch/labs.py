@@ -6,7 +6,7 @@ apply fails that made it, destroyed after everything else: it is the one thing t
 from inside.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError
 from netorch.facts import Facts
 from netorch.model import Topology
-from netorch.planner import Plan, diff
+from netorch.planner import Action, Plan, diff
 from netorch.resources import Resource, Ruleset
 from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, with_names
@@ -273,17 +273,29 @@ def _apply_here(
         if watchdog is not None:
             (watchdog.applied if plan else watchdog.cancel)()
         from netorch.system.firewall import foreign_drops
-        from netorch.system.leases import wait_ready
 
         if plan and desired.of(Ruleset):
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
-        wait_ready(lab.scope, desired, plan, topology.lab.timeout, progress.waiting)
+        readiness.all(plan)
+
+    from netorch.system.memory import refuse_too_much
+    from netorch.system.readiness import Readiness
 
     only = {type(resource) for resource in desired} if fresh else None
     adapters = machine(lab.scope, progress.waiting, progress.warn, only)
-    return engine.apply(adapters, desired, progress, ready, EMPTY if fresh else None)
+    readiness = Readiness(
+        lab.scope, topology.guests, desired, topology.lab.timeout, progress.waiting
+    )
+    known = EMPTY if fresh else None
+
+    def before(step: Sequence[Action], plan: Plan) -> None:
+        if not topology.lab.overcommit:
+            refuse_too_much(plan)
+        readiness.before(step, plan)
+
+    return engine.apply(adapters, desired, progress, ready, before, observed=known)
 
 
 def _outside(name: str, run: Path) -> Scope:

@@ -18,6 +18,7 @@ MAC = r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$(?!\n)"
 LEASE = r"^([0-9]{1,9}[smhdw]?|infinite)$(?!\n)"
 USER = r"^[^\s:\x00]{1,255}$(?!\n)"
 BOOT_FILE = r"^[A-Za-z0-9_./:@+-]{1,127}$(?!\n)"  # DHCP has 128 bytes for it
+READY = r"^(lease|agent|none|tcp:[0-9]{1,5}|console:.+)$(?!\n)"
 BY = r"^(ping|dhcp|(tcp|udp):[0-9]{1,5}|dns:[^\s\x00]{1,253})$(?!\n)"
 
 Name = Annotated[
@@ -56,6 +57,13 @@ By = Annotated[
         description='a probe: "ping", "tcp:PORT", "udp:PORT", "dns:NAME" or "dhcp"',
     ),
 ]
+Ready = Annotated[
+    str,
+    Meta(
+        pattern=READY,
+        description='a sign of readiness: "lease", "agent", "tcp:PORT", "console:REGEX" or "none"',
+    ),
+]
 Memory = Annotated[str, Meta(description='an amount of memory such as "256M" or "1G"')]
 DISKLESS = ("tiny", "none")  # the values of a guest's image that are no file
 Mode = Literal["nat", "route", "open", "isolated", "bridge"]
@@ -74,9 +82,8 @@ class Lab(_Table, frozen=True):
     name: Name | None = None  # the file's name without .toml
     place: Literal["auto", "current", "private"] = "auto"
     uplink: Literal["auto", "pasta", "slirp4netns", "none"] = "auto"  # of a private place
-    timeout: Annotated[int, Meta(ge=1, le=3600)] = (
-        120  # seconds until every guest must have its lease
-    )
+    timeout: Annotated[int, Meta(ge=1, le=3600)] = 120  # seconds until every guest must be ready
+    overcommit: bool = False  # guests may have more memory than the machine
 
 
 class Dhcp(_Table, frozen=True):
@@ -142,6 +149,9 @@ class Guest(_Table, frozen=True):
     ssh_keys: tuple[str, ...] = ()  # public keys, or paths of files of them
     vnc: Annotated[int, Meta(ge=0, le=59635)] | None = None
     nics: tuple[Nic, ...] = ()
+    after: tuple[Name, ...] = ()  # guests that have to be ready first
+    ready: Ready = "lease"
+    restart: Literal["no", "on-failure", "always"] = "no"  # by `netorch watch`
 
 
 class Host(_Table, frozen=True):

@@ -176,7 +176,8 @@ def _levels(state: State) -> list[list[str]]:
             depth[key] = (
                 0  # a cycle would be a mistake of the compiler; it must not hang the planner
             )
-            depth[key] = 1 + max((visit(n) for n in resource.needs if n in state), default=-1)
+            before = (*resource.needs, *state.order.get(key, ()))
+            depth[key] = 1 + max((visit(n) for n in before if n in state), default=-1)
         return depth[key]
 
     levels: list[list[str]] = []

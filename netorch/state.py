@@ -1,6 +1,6 @@
 """A State: what a lab should be, or what the machine was seen to have."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from netorch.resources import Resource
@@ -9,12 +9,19 @@ T = TypeVar("T", bound=Resource)
 
 
 class State:
-    """A set of resources by key: what a lab should be, or what the machine was seen to have."""
+    """A set of resources by key: what a lab should be, or what the machine was seen to have.
 
-    __slots__ = ("_resources",)
+    `order` says what a resource comes after although it doesn't need it, by key: it is no property
+    of the machine, and two states that differ in nothing else are equal.
+    """
 
-    def __init__(self, resources: Iterable[Resource] = ()) -> None:
+    __slots__ = ("_resources", "order")
+
+    def __init__(
+        self, resources: Iterable[Resource] = (), order: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
         self._resources = {resource.key: resource for resource in resources}
+        self.order: Mapping[str, tuple[str, ...]] = order or {}
 
     def __iter__(self) -> Iterator[Resource]:
         return iter(self._resources.values())

@@ -17,6 +17,7 @@ from netorch.names import bridge_name
 from netorch.topology_boot import boots
 from netorch.topology_clashes import clashes, overlaps
 from netorch.topology_expect import expectations
+from netorch.topology_order import order
 from netorch.topology_values import (
     Wrong,
     address,
@@ -68,7 +69,7 @@ class _Checks:
             self._known_network(("taps", name, "network"), taps.network)
         for name, network in self.topology.networks.items():
             self._room(name, network)
-        for finding in (*overlaps(self.subnets), *clashes(self.topology)):
+        for finding in (*overlaps(self.subnets), *clashes(self.topology), *order(self.topology)):
             self.say(*finding)
         for doubts in (boots(self.topology), expectations(self.topology)):
             for path, message, hint, because in doubts:

@@ -30,6 +30,7 @@ from netorch.system.accel import accelerator
 from netorch.system.guest_processes import directory_of, end_guests, run_states, running
 from netorch.system.guest_taps import open_queues
 from netorch.system.qmp import Qmp, QmpError, listen
+from netorch.system.readiness import start_line
 from netorch.system.scope import Scope
 from netorch.system.services import note_start
 from netorch.system.starting import Child, Start, program, start_all
@@ -178,6 +179,8 @@ class Guests:
         """Open what QEMU is to inherit, and connect to the socket that it will answer at."""
         directory = directory_of(self._scope, guest.name)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (directory / "serial.log").open("a") as log:
+            log.write(start_line(guest.name))
         relative = directory.relative_to(self._scope.run)
         qmp_fd, serial_fd, agent_fd = (
             opened.enter_context(listen(directory / f"{name}.sock")).fileno()

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import msgspec
 
 from netorch.errors import ReadyError
-from netorch.planner import Create, Plan
 from netorch.resources import DhcpClient, Guest, Tap, Veth
 from netorch.state import State
 from netorch.system.late import guest_reason, host_reason, log_end
@@ -52,6 +51,7 @@ class _Wanted(NamedTuple):
     network: str
     mac: str
     links: tuple[str, ...]  # the lab's end of the node's cable, and the bridge that it is in
+    one_is_enough: bool = False  # of the node's leases
     settled: Path | None = None  # what a host's udhcpc.sh writes once the address is in place
 
 
@@ -79,8 +79,13 @@ def parse(text: str, network: str) -> list[Lease]:
 
 def read(scope: Scope) -> list[Lease]:
     """All leases of the lab, by network and address."""
+    return read_in(scope.run)
+
+
+def read_in(run: Path) -> list[Lease]:
+    """All leases of the lab with this run directory, by network and address."""
     found = []
-    for path in scope.run.glob("dnsmasq-*.leases"):
+    for path in run.glob("dnsmasq-*.leases"):
         if not path.with_suffix(".conf").exists():
             continue  # of a network that the lab no longer has
         network = path.name.removeprefix("dnsmasq-").removesuffix(".leases")
@@ -91,17 +96,18 @@ def read(scope: Scope) -> list[Lease]:
 
 
 def wait_ready(
-    scope: Scope, desired: State, plan: Plan, seconds: float, progress: Callable[[str], None]
+    scope: Scope, desired: State, started: set[str], seconds: float, progress: Callable[[str], None]
 ) -> list[Lease]:
     """Wait until all guests and hosts of `desired` that ask for addresses have them; the leases.
 
-    `plan` is what was just done: a lease from before counts only for nodes that it didn't start.
+    `started` has the keys of the processes that were just started: a lease from before counts only
+    for the others.
     Raises ReadyError, which names for each late node the step that is late.
     """
     wanted = list(_wanted(scope, desired))
     if not wanted:
         return []
-    started = {action.key for action in plan if isinstance(action, Create)}
+    started = {key for key in started if key in desired}
     with Watch() as watch:
         return _Wait(scope, wanted, started, progress).until(time.monotonic() + seconds, watch)
 
@@ -111,13 +117,16 @@ def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
         for index, nic in enumerate(guest.nics):
             tap = desired.get(f"tap:{guest.name}:{index}")
             if isinstance(tap, Tap) and tap.network in guest.networks:
-                yield _Wanted(guest.name, guest.key, tap.network, nic.mac, (tap.name, tap.bridge))
+                # Many an image asks on its first NIC only; tiny is known to ask on all.
+                one = guest.image != "tiny"
+                links = (tap.name, tap.bridge)
+                yield _Wanted(guest.name, guest.key, tap.network, nic.mac, links, one)
     for client in desired.of(DhcpClient):
         veth = desired.get(client.needs[0])
         if isinstance(veth, Veth) and f"dnsmasq:{veth.network}" in desired:
             links = (veth.name, veth.bridge)
             settled = scope.run / "hosts" / client.host / f"resolv.{client.device}"
-            yield _Wanted(client.host, client.key, veth.network, veth.mac, links, settled)
+            yield _Wanted(client.host, client.key, veth.network, veth.mac, links, settled=settled)
 
 
 class _Log:
@@ -214,6 +223,8 @@ class _Wait:
             log.follow()
         leases = {(lease.network, lease.mac): lease for lease in read(self._scope)}
         for one in list(self._late):
+            if one not in self._late:
+                continue  # another lease of the same node was enough
             step = self._logs[one.network].steps.get(one.mac, "")
             lease = leases.get((one.network, one.mac))
             started = one.key in self._started
@@ -224,6 +235,8 @@ class _Wait:
             if lease and fresh and (one.settled is None or one.settled.exists()):
                 self._late.remove(one)
                 self._found[one] = lease
+                if one.one_is_enough:
+                    self._late = [other for other in self._late if other.key != one.key]
                 if started:
                     self._progress(f"{one.node} has {lease.address}")
 

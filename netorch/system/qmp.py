@@ -156,10 +156,12 @@ class Qmp(_Lines):
 class Agent(_Lines):
     """A session with the agent inside a guest."""
 
-    def __init__(self, path: Path, guest: str) -> None:
-        """Connect and synchronize. Raises UsageError without guest, ReadyError without agent."""
+    def __init__(self, path: Path, guest: str, seconds: float = _AGENT_SECONDS) -> None:
+        """Connect and synchronize, within `seconds`. Raises UsageError without guest, ReadyError
+        without agent.
+        """
         try:
-            client = connect(path, _AGENT_SECONDS)
+            client = connect(path, seconds)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise UsageError(f"guest {guest} does not run") from error
         super().__init__(client, f"the guest agent of {guest}")

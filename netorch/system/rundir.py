@@ -90,6 +90,19 @@ def all_of(base: Path) -> list[Path]:
     return found
 
 
+def settled(run: Path) -> bool:
+    """Wait until nobody holds the lab's lock; whether the lab has a record then."""
+    try:
+        descriptor = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return (run / RECORD).exists()
+    finally:
+        os.close(descriptor)
+
+
 def recorded(run: Path) -> Record | None:
     """The record in a run directory; None where there is none. Raises NetorchError if it is not
     readable.

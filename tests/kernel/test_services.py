@@ -10,7 +10,7 @@ import pytest
 
 from netorch.errors import NetorchError, ReadyError
 from netorch.networks import Reservation, Segment, dhcp_hosts, dnsmasq_config
-from netorch.planner import Create, Plan, Update
+from netorch.planner import Update
 from netorch.resources import DhcpClient, Dnsmasq, Resource, Veth
 from netorch.state import State
 from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW
@@ -110,7 +110,7 @@ def test_new_reservations_go_to_the_same_process(scope: Callable[..., Scope]) ->
     assert list(adapter.observe()) == [changed]
     assert [process.pid for process in marked(lab)] == [before.pid]
     DhcpClients(lab).create([CLIENT], nothing)
-    (lease,) = wait_ready(lab, State([VETH, changed, CLIENT]), Plan([]), 10, silent)
+    (lease,) = wait_ready(lab, State([VETH, changed, CLIENT]), set(), 10, silent)
     assert lease.address == "192.168.122.77"
     (lab.run / "dnsmasq-default.pending").touch()  # an update that was killed half way
     assert list(adapter.observe()) != [changed]
@@ -163,9 +163,9 @@ def test_a_host_gets_address_route_and_name_server(scope: Callable[..., Scope]) 
     clients.create([CLIENT], nothing)
     assert list(clients.observe()) == [CLIENT]
     said: list[str] = []
-    plan = Plan([[Create(CLIENT)]])
+    started = {CLIENT.key}
     desired = State([VETH, wanted, CLIENT])
-    (lease,) = wait_ready(lab, desired, plan, 10, said.append)
+    (lease,) = wait_ready(lab, desired, started, 10, said.append)
     assert (lease.address, lease.name, lease.mac) == ("192.168.122.66", "server", MAC)
     assert said[-1] == "server has 192.168.122.66"
     assert read(lab) == [lease]
@@ -191,21 +191,21 @@ def test_a_lease_from_before_does_not_count_for_who_was_started_again(
     make_links(lab)
     server, clients = Dnsmasqs(lab), DhcpClients(lab)
     wanted = dnsmasq(lab)
-    desired, plan = State([VETH, wanted, CLIENT]), Plan([[Create(CLIENT)]])
+    desired, started = State([VETH, wanted, CLIENT]), {CLIENT.key}
     server.create([wanted], nothing)
     clients.create([CLIENT], nothing)
-    leases = wait_ready(lab, desired, plan, 10, silent)
-    assert wait_ready(lab, desired, Plan([]), 0, silent) == leases
+    leases = wait_ready(lab, desired, started, 10, silent)
+    assert wait_ready(lab, desired, set(), 0, silent) == leases
     clients.delete([CLIENT], nothing)
     ip("link", "set", "virbr0", "down")
     clients.create([CLIENT], nothing)
     with pytest.raises(
         ReadyError, match="server has no lease of network default yet: its link virbr0 is down"
     ):
-        wait_ready(lab, desired, plan, 0.1, silent)
+        wait_ready(lab, desired, started, 0.1, silent)
     end(lab, marked(lab))
     with pytest.raises(ReadyError, match="the DHCP client of server has ended"):
-        wait_ready(lab, desired, plan, 10, silent)
+        wait_ready(lab, desired, started, 10, silent)
 
 
 def test_lease_file_with_an_unfinished_line() -> None:

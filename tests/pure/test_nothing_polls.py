@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "netorch"
-POLLS = {PACKAGE / "system/qmp.py"}  # the guest agent tells of a command's end only when asked
+POLLS = {
+    PACKAGE / "system/qmp.py",  # the guest agent tells of a command's end only when asked
+    PACKAGE / "system/readiness.py",  # nothing tells when a guest begins to listen on a port
+}
 
 
 @pytest.mark.parametrize(

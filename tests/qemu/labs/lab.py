@@ -98,9 +98,14 @@ class Machine:
     def up(self, name: str, text: str, *options: str, seconds: float = SECONDS) -> "Lab":
         """Apply a topology under the name `name-PID`; it is torn down at the end of the test."""
         file = self.file(name, text)
+        lab = self.running(file)
+        lab.said = self.netorch("apply", *options, str(file), seconds=seconds).stderr
+        return lab
+
+    def running(self, file: Path) -> "Lab":
+        """The lab of a file that the test applies by itself; torn down at the end of the test."""
         lab = Lab(self, file.stem, file)
         self._closing.callback(lab.end)
-        lab.said = self.netorch("apply", *options, str(file), seconds=seconds).stderr
         return lab
 
     def shipped(self, name: str, *options: str) -> "Lab":

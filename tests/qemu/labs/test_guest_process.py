@@ -51,23 +51,24 @@ def test_least_privilege_and_the_end(machine: Machine, place: str) -> None:
     assert (row["state"], row["ended"]["killed"], row["ended"]["status"]) == ("missing", False, 0)
 
 
-def qemu(lab: Lab) -> int:
-    """The pid of the lab's only QEMU."""
+def qemu(lab: Lab, guest: str = "vm1") -> int:
+    """The pid of a guest's QEMU."""
     (found,) = (
         int(path.parent.name)
         for path in Path("/proc").glob("[0-9]*/environ")
-        if _is_qemu_of(lab, path)
+        if _is_qemu_of(lab, guest, path)
     )
     return found
 
 
-def _is_qemu_of(lab: Lab, environ: Path) -> bool:
+def _is_qemu_of(lab: Lab, guest: str, environ: Path) -> bool:
     try:
         marks = environ.read_bytes().split(b"\0")
     except OSError:
         return False
     return f"NETORCH_LAB={lab.name}".encode() in marks and any(
-        mark.startswith(b'NETORCH_RESOURCE={"kind":"guest"') for mark in marks
+        mark.startswith(f'NETORCH_RESOURCE={{"kind":"guest","name":"{guest}"'.encode())
+        for mark in marks
     )
 
 

@@ -1,0 +1,110 @@
+"""Starting and stopping single guests of a running lab.
+
+The file stays what the lab should be: a guest that was stopped is missing in `status`, and an apply
+starts it. `start` is an apply of a part: of the guests that are named, and what they need.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from netorch import engine
+from netorch.engine import Progress
+from netorch.errors import UsageError
+from netorch.labs import Lab, find_all, intended, machine, topology_of
+from netorch.planner import Plan
+from netorch.state import State
+from netorch.system import power, rundir
+from netorch.system.places import enter
+from netorch.system.readiness import Readiness
+from netorch.system.scope import current_place
+
+SECONDS = 30.0  # for a guest to switch itself off
+
+
+def find(lab: str | None, guests: Sequence[str]) -> Lab:
+    """The lab that has all these guests. Raises UsageError."""
+    having = []
+    known: list[str] = []
+    for there in find_all(lab):
+        record = rundir.recorded(there.run)
+        if record is None:
+            continue
+        names = topology_of(record).guests
+        known += names
+        if all(guest in names for guest in guests):
+            having.append(there)
+    if not having:
+        unknown = [guest for guest in guests if guest not in known] or guests
+        raise UsageError(
+            f"no lab here has a guest {unknown[0]!r}", f"guests: {', '.join(known) or 'none'}"
+        )
+    if len(having) > 1:
+        names_ = ", ".join(there.name for there in having)
+        raise UsageError("more than one lab has such a guest", f"say which with --lab: {names_}")
+    return having[0]
+
+
+def start(lab: Lab, guests: Sequence[str], progress: Progress) -> Plan:
+    """Start guests with all that they need, and wait until they are ready.
+
+    Raises as `netorch.labs.apply` does.
+    """
+    with _inside(lab):
+        return _start(lab, guests, progress)
+
+
+def stop(lab: Lab, guests: Sequence[str], seconds: float, progress: Progress) -> None:
+    """Switch guests off: by the power button, and by force after `seconds`."""
+    with _inside(lab):
+        power.stop(lab.scope, guests, seconds, progress.waiting)
+
+
+def restart(lab: Lab, guests: Sequence[str], seconds: float, progress: Progress) -> Plan:
+    """Stop, then start. Not a guest's own reboot: QEMU is a new process."""
+    with _inside(lab):
+        power.stop(lab.scope, guests, seconds, progress.waiting)
+        return _start(lab, guests, progress)
+
+
+def pause(lab: Lab, guests: Sequence[str]) -> None:
+    """Let guests stand still; an apply resumes them, too. Raises UsageError, QmpError."""
+    with _inside(lab):
+        power.tell(lab.scope, guests, "stop")
+
+
+def resume(lab: Lab, guests: Sequence[str]) -> None:
+    with _inside(lab):
+        power.tell(lab.scope, guests, "cont")
+
+
+@contextlib.contextmanager
+def _inside(lab: Lab) -> Iterator[None]:
+    """Hold the lab's lock, in its place."""
+    with rundir.locked(lab.run):
+        if lab.place.private and current_place() != lab.place.inode:
+            enter(lab.place)
+        yield
+
+
+def _start(lab: Lab, guests: Sequence[str], progress: Progress) -> Plan:
+    topology, desired = intended(lab)
+    system = machine(lab.scope, progress.waiting, progress.warn)
+    observed = system.observe()
+    goal = part(desired, observed, [f"guest:{name}" for name in guests])
+    named = {name: topology.guests[name] for name in guests}
+    readiness = Readiness(lab.scope, named, goal, topology.lab.timeout, progress.waiting)
+    return engine.apply(system, goal, progress, readiness.all, observed=observed)
+
+
+def part(desired: State, observed: State, keys: Iterable[str]) -> State:
+    """What is there, but with these resources and all that they need as they should be."""
+    wanted: dict[str, None] = {}
+    queue = list(keys)
+    while queue:
+        key = queue.pop()
+        resource = desired.get(key)
+        if resource is not None and key not in wanted:
+            wanted[key] = None
+            queue += resource.needs
+    goal = [resource for resource in observed if resource.key not in wanted]
+    return State([*goal, *(resource for resource in desired if resource.key in wanted)])

@@ -1,0 +1,68 @@
+"""The power of running guests: the button, the plug, and standing still, by QMP."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from netorch.errors import UsageError
+from netorch.system.guest_processes import directory_of, end_guests, running
+from netorch.system.qmp import Qmp, QmpError
+from netorch.system.scope import Scope
+from netorch.system.watch import Watch
+
+
+def stop(
+    scope: Scope, guests: Sequence[str], seconds: float, progress: Callable[[str], None]
+) -> None:
+    """Press the power button of guests; those that still run after `seconds` are ended.
+
+    A guest that doesn't run is left alone. Raises KernelError for a QEMU that can't be ended.
+    """
+    found = running(scope)
+    began = time.monotonic()
+    left = {f"guest:{name}": name for name in guests if f"guest:{name}" in found}
+    with Watch() as watch:
+        for key in left:
+            for process in found[key]:
+                watch.process(process, key)
+        if seconds > 0:
+            for name in left.values():
+                _press(scope, name, progress)
+        while left and (rest := began + seconds - time.monotonic()) > 0:
+            _changed, ended = watch.wait(rest)
+            for key in ended & left.keys():
+                progress(f"{left.pop(key)} is off after {time.monotonic() - began:.1f} s")
+    for name in left.values():
+        # What is ended by its person's will hasn't failed: the keeper has nothing to note.
+        (directory_of(scope, name) / "process").unlink(missing_ok=True)
+    end_guests(scope, [process for key in left for process in found[key]])
+    for name in left.values():
+        late = f": it did not switch itself off within {seconds:.0f} s" if seconds > 0 else ""
+        progress(f"{name} was ended{late}")
+
+
+def tell(scope: Scope, guests: Iterable[str], command: str) -> None:
+    """Send one QMP command to each. Raises UsageError for a guest that doesn't run, QmpError."""
+    for name in guests:
+        with _session(scope, name) as qmp:
+            qmp.ask(command)
+
+
+def _press(scope: Scope, name: str, progress: Callable[[str], None]) -> None:
+    try:
+        with _session(scope, name) as qmp:
+            if qmp.ask("query-status")["status"] != "running":
+                qmp.ask("cont")  # one that stands still can't hear it
+            qmp.ask("system_powerdown")
+    except QmpError as error:
+        progress(f"{name}: {error.message}")  # then it is ended when the time is up
+
+
+@contextlib.contextmanager
+def _session(scope: Scope, name: str) -> Iterator[Qmp]:
+    path = directory_of(scope, name) / "qmp.sock"
+    if not path.exists():
+        raise UsageError(f"guest {name} does not run", f"netorch start {name}")
+    with Qmp(path, name) as qmp:
+        qmp.ready()
+        yield qmp
