@@ -117,8 +117,9 @@ def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
         for index, nic in enumerate(guest.nics):
             tap = desired.get(f"tap:{guest.name}:{index}")
             if isinstance(tap, Tap) and tap.network in guest.networks:
-                # Many an image asks on its first NIC only; tiny is known to ask on all.
-                one = guest.image != "tiny"
+                # Many an image asks on its first NIC only; tiny is known to ask on all, and
+                # cloud-init is told to.
+                one = guest.image != "tiny" and not guest.boot.seed
                 links = (tap.name, tap.bridge)
                 yield _Wanted(guest.name, guest.key, tap.network, nic.mac, links, one)
     for client in desired.of(DhcpClient):

@@ -36,7 +36,7 @@ class Seeds:
             directory = image.parent
             if not directory.name.startswith(_UNFINISHED):
                 texts = (path for path in sorted(directory.iterdir()) if path != image)
-                files = {path.name: path.read_text("utf-8") for path in texts}
+                files = {path.name: path.read_text("utf-8", "replace") for path in texts}
                 yield Seed(guest=directory.name, files=files)
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:

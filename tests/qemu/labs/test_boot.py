@@ -63,6 +63,7 @@ kernel   = "KERNEL"
 initrd   = "INITRD"
 cmdline  = "root=LABEL=root rw console=ttyS0 quiet audit=0 cryptomgr.notests noreplace-smp"
 memory   = "512M"
+ready    = "tcp:22"
 ssh_keys = ["key.pub"]
 user_data = '''
 #cloud-config
