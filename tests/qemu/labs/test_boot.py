@@ -11,11 +11,14 @@ from netorch.system.firmware import uefi
 from netorch.system.tiny import tiny_image
 from tests.qemu import images
 from tests.qemu.images import Image
-from tests.qemu.labs.lab import Lab, Machine, wait_for
+from tests.qemu.labs.lab import Machine
 
-UP = "netorch-tiny: eth"  # what the init of tiny writes on the console once it has its lease
+BOOT_SECONDS = 330  # for slow firmware and a whole distribution, under TCG on a busy machine
 
+# tiny's init writes "netorch-tiny: ..." on the console once it has its lease.
 NETWORK = """
+lab.timeout = 300
+
 [networks.default]
 address = "192.168.122.1/24"
 tftp    = "tftp"
@@ -26,10 +29,12 @@ mode = "bridge"
 """
 PXE = """
 [guests.empty]
-boot   = "network"
-nics   = [{ network = "lan" }, { network = "default", address = "192.168.122.7" }]
+boot  = "network"
+ready = "console:netorch-tiny: eth"
+nics  = [{ network = "lan" }, { network = "default", address = "192.168.122.7" }]
 
 [guests.direct]
+ready   = "console:netorch-tiny: eth"
 kernel  = "tftp/vmlinuz"
 initrd  = "tftp/initrd"
 cmdline = "console=ttyS0 quiet netorch.hostname=direct of-the-file"
@@ -41,6 +46,10 @@ initrd initrd
 boot
 """
 UEFI = """
+lab.timeout = 300
+
+[networks.default]
+
 [guests.efi]
 firmware = "uefi"
 machine  = "pc"
@@ -80,10 +89,10 @@ def test_an_empty_guest_boots_what_the_labs_tftp_serves_and_another_its_own_kern
     machine: Machine,
 ) -> None:
     _tftp(machine.directory)
-    lab = machine.up("pxe", NETWORK + PXE)
+    lab = machine.up("pxe", NETWORK + PXE, seconds=BOOT_SECONDS)
     assert lab.leases()["empty"] == "192.168.122.7"
     for guest, word in (("empty", "by-ipxe"), ("direct", "of-the-file")):
-        log = wait_for(_log(lab, guest), lambda text: UP in text)
+        log = (lab.run / "guests" / guest / "serial.log").read_text(errors="replace")
         assert word in lab.sh(guest, "cat /proc/cmdline")
         assert lab.sh(guest, "hostname") == guest
         assert ("iPXE" in log) == (guest == "empty")
@@ -95,7 +104,7 @@ def test_tiny_boots_by_uefi_which_keeps_its_variables(machine: Machine) -> None:
         uefi("pc")
     except MissingError as error:
         pytest.skip(f"{error.message}: {error.hint}")
-    lab = machine.up("uefi", "[networks.default]\n" + UEFI)
+    lab = machine.up("uefi", UEFI, seconds=BOOT_SECONDS)
     assert lab.sh("efi", "ls /sys/firmware/efi/fw_platform_size")
     variables = machine.disks_base / lab.name / "efi.pc.uefi-variables"
     assert variables.stat().st_size == uefi("pc").template.path.stat().st_size
@@ -115,7 +124,7 @@ def test_a_debian_image_comes_up_with_its_name_key_and_addresses(
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     text = DEBIAN.replace("DISK", str(debian.disk)).replace("KERNEL", str(debian.kernel))
     text = text.replace("INITRD", str(debian.initrd))
-    lab = machine.up("debian", text, seconds=330)  # 28 s of processor time, and often shared
+    lab = machine.up("debian", text, seconds=BOOT_SECONDS)
     said = subprocess.run(
         [
             *("ssh", "-F", "none", "-i", key, "-o", "BatchMode=yes"),
@@ -155,7 +164,3 @@ def _tftp(directory: Path) -> None:
     (served / "vmlinuz").symlink_to(tiny.vmlinuz)
     (served / "initrd").symlink_to(tiny.initrd)
     (served / "boot.ipxe").write_text(SCRIPT)
-
-
-def _log(lab: Lab, guest: str) -> Path:
-    return lab.run / "guests" / guest / "serial.log"
