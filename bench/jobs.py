@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import labs, peers
+from bench import labs, peers, traffic
 from bench.turns import Clock, Turn
 
 
@@ -33,6 +33,7 @@ def all_jobs(tools: Tools) -> list[Job]:
         _switches(tools, "C", "10 networks of 100 taps", 10, 100),
         *(_guests(tools, count) for count in (1, 2, 8)),
         _networks(tools),
+        _traffic(tools),
     ]
 
 
@@ -205,3 +206,15 @@ def _networks(tools: Tools) -> Job:
         return turn
 
     return Job("J", "networks in one lab", 3, {str(n): of(n) for n in (10, 100, 1000)})
+
+
+def _traffic(tools: Tools) -> Job:
+    def of(model: str) -> Turn:
+        def turn(directory: Path, clock: Clock) -> None:
+            _file(directory, "")
+            traffic.turn(tools.netorch, tools.python, model, directory, clock)
+
+        return turn
+
+    contenders = {model: of(model) for model in traffic.MODELS}
+    return Job("L", "throughput and latency", 1, contenders)

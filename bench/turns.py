@@ -53,7 +53,9 @@ class Clock:
     def run(self, label: str, argv: Sequence[str], status: int = 0) -> str:
         """Run a command to its end; its output. Exits with what it said if it fails."""
         began = time.perf_counter()
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
         assert process.stdout is not None
         said = process.stdout.read()
         _pid, ended, usage = os.wait4(process.pid, 0)

@@ -310,17 +310,16 @@ class Guest(_Node):
         timeout: float | None = None,
         text: bool = True,
     ) -> Completed:
-        """Run a command by the guest's agent; as Host.run.
-
-        After `timeout` the command goes on: the guest agent can't end it.
-        """
-        from netorch.system.qmp import agent_exec
+        """Run a command by the guest's agent; as Host.run."""
+        from netorch.system.qmp import CUT, CUT_HINT, agent_exec
 
         data = input.encode() if isinstance(input, str) else input or b""
         done = agent_exec(self.lab.scope, self.name, argv, data, timeout)
         out, err = (t.decode(errors="replace") if text else t for t in (done.out, done.err))
         if done.code is None:
-            raise CommandError(f"`{argv[0]}` still runs after {timeout} s", None, out, err)
+            raise CommandError(f"`{argv[0]}` was ended after {timeout} s", None, out, err)
+        if done.cut:
+            raise NetorchError(CUT, CUT_HINT)
         return checked(Completed(list(argv), done.code, out, err), self.name, check)
 
     def console_log(self) -> str:

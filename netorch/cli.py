@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from netorch import __version__, guest_cli
+from netorch import __version__, cli_access, guest_cli
 from netorch.cli_options import FILE, JSON, LAB, PLACE, quiet_signals
 from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
 
@@ -219,19 +219,28 @@ def taps(tap: str | None, as_json: bool) -> None:
 
 @cli.command(name="exec", context_settings={"ignore_unknown_options": True})
 @click.option("--lab", help="The lab, where more than one runs.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="End the command after SECONDS, with exit status 124.",
+)
 @click.argument("node")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def exec_(lab: str | None, node: str, command: tuple[str, ...]) -> None:
+def exec_(lab: str | None, timeout: float | None, node: str, command: tuple[str, ...]) -> None:
     """Run a command in a host, or through the guest agent in a guest: `netorch exec vm1 -- ip
     addr`.
     """
     from netorch import nodes
 
     try:
-        status = nodes.run(nodes.find(lab, node), command)
+        status = nodes.run(nodes.find(lab, node), command, timeout)
     except MissingError as error:
         _complain(error)
         status = 127  # as shells have it for a command that is not there
+    except nodes.TimedOut as error:
+        _complain(error)
+        status = 124  # as timeout(1) has it
     sys.exit(status)
 
 
@@ -273,7 +282,7 @@ def schema() -> None:
     report.json_out(of_file())
 
 
-for command in guest_cli.COMMANDS:
+for command in (*guest_cli.COMMANDS, *cli_access.COMMANDS):
     cli.add_command(command)
 
 

@@ -13,7 +13,8 @@ import msgspec
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.cloud_init import SeedNic, seed_files
 from netorch.facts import Facts, Interface
-from netorch.model import DISKLESS, Dhcp, Guest, Host, HostNic, Network, Taps, Topology
+from netorch.guest_disks import disks_of, storage_of
+from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
 from netorch.names import bridge_name, tap_name, tap_names, veth_name
 from netorch.networks import (
     Reservation,
@@ -32,7 +33,6 @@ from netorch.resources import (
     GuestBoot,
     GuestNic,
     Namespace,
-    Overlay,
     Record,
     Resource,
     Seed,
@@ -101,8 +101,7 @@ class _Compiler:
             if segment.gateway and (segment.dhcp_first or segment.dns or tftp):
                 yield self._dnsmasq(segment, tftp)
         for name, guest in self.topology.guests.items():
-            if guest.image not in DISKLESS:
-                yield Overlay(guest=name, image=guest.image, format=self._format(guest))
+            yield from storage_of(name, guest, disks_of(guest, self.facts.formats))
             if guest.firmware == "uefi":
                 yield Variables(guest=name, machine=guest.machine)
             if guest.user_data or guest.ssh_keys:
@@ -297,11 +296,11 @@ class _Compiler:
                 yield DhcpClient(host=name, device=f"eth{index}")
 
     def _guest(self, name: str, guest: Guest) -> RunningGuest:
+        boot_nics = tuple(self._boot_nics(guest)) if guest.boot == "network" else ()
         served = {n: None for nic in guest.nics if self.segments[n := nic.network].dhcp_first}
         return RunningGuest(
             name=name,
             image=guest.image,
-            format=self._format(guest),
             machine=guest.machine,
             accel=guest.accel,
             memory=memory_mib(guest.memory),
@@ -316,13 +315,15 @@ class _Compiler:
                 )
                 for index, nic in enumerate(guest.nics)
             ),
+            disks=disks_of(guest, self.facts.formats, len(boot_nics)),
             networks=tuple(served),
-            vnc=-1 if guest.vnc is None else guest.vnc,
+            vnc=_display(guest),
+            video=guest.video or ("" if guest.vnc is False else "VGA"),
             boot=GuestBoot(
                 kernel=guest.kernel or "",
                 initrd=guest.initrd or "",
                 cmdline=guest.cmdline or "",
-                nics=tuple(self._boot_nics(guest)) if guest.boot == "network" else (),
+                nics=boot_nics,
                 uefi=guest.firmware == "uefi",
                 seed=bool(guest.user_data or guest.ssh_keys),
             ),
@@ -347,14 +348,11 @@ class _Compiler:
         joined = network.external or (network.mode == "bridge" and network.uplink is not None)
         return bool(self.segments[name].dhcp_first) or joined
 
-    def _format(self, guest: Guest) -> str:
-        if guest.image in DISKLESS:
-            return ""
-        return (
-            self.facts.formats.get(guest.image, guest.format)
-            if guest.format == "auto"
-            else guest.format
-        )
+
+def _display(guest: Guest) -> str:
+    if isinstance(guest.vnc, bool):
+        return "socket" if guest.vnc else ""
+    return str(guest.vnc)
 
 
 def _gateway_of(nic: HostNic, segment: Segment) -> str:

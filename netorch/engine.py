@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol
 
 from netorch.errors import ApplyError, ConflictError, NetorchError, ReadyError
-from netorch.planner import Action, Create, Plan, diff
+from netorch.planner import Action, Create, Plan, Update, diff
 from netorch.resources import Resource
 from netorch.state import EMPTY, State
 
@@ -130,7 +130,12 @@ def apply(
 
 def check(machine: Machine, plan: Plan) -> None:
     """Raise ConflictError with every reason why the plan can't be carried out."""
-    reasons = machine.check([action.new for action in plan if isinstance(action, Create)])
+    reasons = [
+        reason
+        for action in plan
+        if isinstance(action, Update) and (reason := action.old.refuses(action.new))
+    ]
+    reasons += machine.check([action.new for action in plan if isinstance(action, Create)])
     if reasons:
         raise ConflictError("\n".join(reasons))
 

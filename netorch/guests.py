@@ -1,8 +1,9 @@
 """QEMU's command line for a guest: pure rendering.
 
 Whatever QEMU has to open is opened by netorch and handed over as a descriptor: taps, the listening
-sockets of QMP, serial console and guest agent, and the base image. So QEMU needs no capability and
-no path of the person's own, and who connects to a socket need not wait until QEMU has made it.
+sockets of QMP, serial console and guest agent, and the files behind disks. So QEMU needs no
+capability and no path of the person's own, and who connects to a socket need not wait until QEMU
+has made it.
 Options that hold values of the person's are JSON where QEMU takes JSON: no comma in a value can
 become an option. The guest starts stopped (-S); netorch lets it run by QMP when all is in place.
 """
@@ -14,7 +15,7 @@ import msgspec
 
 from netorch import boot_devices, disk_devices, nic_devices
 from netorch.boot_devices import Firmware, Kernel
-from netorch.disk_devices import Disk
+from netorch.disk_devices import Source
 from netorch.resources import Guest, GuestNic
 
 # What no guest here uses, and what the firmware and the kernel would look for.
@@ -26,29 +27,39 @@ _CPUS = {"kvm": "host", "tcg": "max"}
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
-    """What a guest boots: a kernel, a disk, or neither (then the network), by which firmware, and
-    the seed that its cloud-init finds.
+    """What a guest boots besides its disks: a kernel, by which firmware, and the seed that its
+    cloud-init finds.
     """
 
     kernel: Kernel | None = None
-    disk: Disk | None = None
     firmware: Firmware | None = None
     seed_fd: int | None = None
 
 
 class Descriptors(msgspec.Struct, frozen=True):
-    """What QEMU inherits: listening Unix sockets, and for each NIC one tap descriptor a queue."""
+    """What QEMU inherits: listening Unix sockets, for each NIC one tap descriptor a queue, and for
+    each disk its files (`netorch.disk_devices.blockdevs`).
+    """
 
     qmp: int
     serial: int
     agent: int
     taps: tuple[tuple[int, ...], ...] = ()
+    disks: tuple[tuple[Source, ...], ...] = ()
+
+    def numbers(self) -> list[int]:
+        """All of them."""
+        queues = [fd for tap in self.taps for fd in tap]
+        files = [source.fd for disk in self.disks for source in disk]
+        return [self.qmp, self.serial, self.agent, *queues, *files]
 
 
 def argv(
     guest: Guest, *, program: str, accel: str, boot: Boot, fds: Descriptors, log: str
 ) -> list[str]:
-    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's."""
+    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's.
+    Without a kernel the guest boots from a disk, or from the network.
+    """
     return [
         *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-S"),
@@ -67,7 +78,7 @@ def argv(
             for word in _nic(guest, index, nic, fds.taps[index])
         ),
         *(boot_devices.kernel_options(boot.kernel) if boot.kernel else ()),
-        *(_disk(boot.disk, len(guest.boot.nics)) if boot.disk else ()),
+        *_disks(guest, fds.disks),
         *(_firmware(boot.firmware) if boot.firmware else ()),
         *(_seed(boot.seed_fd) if boot.seed_fd is not None else ()),
         *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
@@ -77,13 +88,13 @@ def argv(
             "-device",
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
         ),
-        *_screen(guest.vnc),
+        *screen(guest),
     ]
 
 
 def needs_network(guest: Guest) -> bool:
     """Whether QEMU itself opens connections or ports, in the network namespace that it runs in."""
-    return guest.vnc >= 0
+    return guest.vnc not in ("", "socket")
 
 
 def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
@@ -101,7 +112,7 @@ def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
 
 def _machine(guest: Guest, boot: Boot) -> str:
     options = f"{_MACHINES[guest.machine]},usb=off,dump-guest-core=off"
-    if guest.boot.nics and guest.vnc < 0:
+    if guest.boot.nics and not guest.video:
         options += ",graphics=off"  # SeaBIOS and iPXE then speak on the serial console
     return options + (boot_devices.FLASH_OPTIONS if boot.firmware else "")
 
@@ -114,12 +125,9 @@ def _nic(guest: Guest, index: int, nic: GuestNic, queues: Sequence[int]) -> Iter
     yield from _json("-device", device)
 
 
-def _disk(boot: Disk, before: int) -> Iterator[str]:
-    """The disk; `before` is the number of devices that are tried before it."""
-    yield from ("-add-fd", f"fd={boot.base_fd},set={disk_devices.BASE_SET}")
-    for node in disk_devices.blockdevs(boot):
-        yield from _json("-blockdev", node)
-    yield from _json("-device", disk_devices.device() | {"bootindex": 1 + before})
+def _disks(guest: Guest, sources: Sequence[Sequence[Source]]) -> Iterator[str]:
+    for option, value in disk_devices.options(guest.disks, sources):
+        yield from (option, value) if isinstance(value, str) else _json(option, value)
 
 
 def _firmware(firmware: Firmware) -> Iterator[str]:
@@ -134,10 +142,21 @@ def _seed(fd: int) -> Iterator[str]:
     yield from _json("-device", boot_devices.seed_device())
 
 
-def _screen(display: int) -> Iterator[str]:
-    if display >= 0:
-        yield from ("-vnc", f"127.0.0.1:{display}")
-        yield from _json("-device", {"driver": "VGA"})
+def screen(guest: Guest) -> Iterator[str]:
+    """The display adapter, and where VNC viewers find it. The path is from QEMU's directory, the
+    lab's: a socket's has at most 107 bytes.
+    """
+    if guest.vnc == "socket":
+        yield from ("-vnc", f"unix:{vnc_socket(guest.name)}")
+    elif guest.vnc:
+        yield from ("-vnc", f"127.0.0.1:{guest.vnc}")
+    if guest.video:
+        yield from _json("-device", {"driver": guest.video})
+
+
+def vnc_socket(guest: str) -> str:
+    """The path of a guest's VNC socket, from the run directory of the lab."""
+    return f"guests/{guest}/vnc.sock"
 
 
 def _json(option: str, value: dict[str, object]) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from netorch.model import Topology
 from netorch.planner import Action, Plan, diff
 from netorch.resources import Resource, Ruleset
 from netorch.state import EMPTY, State
-from netorch.surroundings import fresh_facts, with_names
+from netorch.surroundings import fresh_facts, refuse_held, with_names
 from netorch.system import Adapter, System, confirmation, rundir
 from netorch.system.confirmation import Pending, Watchdog
 from netorch.system.endings import Ending, endings
@@ -88,7 +88,7 @@ def machine(
     in.
     """
     from netorch.system.bridge_uplinks import BridgeUplinks
-    from netorch.system.disks import Overlays
+    from netorch.system.disks import Disks
     from netorch.system.firewall import Firewall
     from netorch.system.firmware import FlashFiles
     from netorch.system.guests import Guests
@@ -105,7 +105,7 @@ def machine(
         Firewall(scope),
         Dnsmasqs(scope),
         DhcpClients(scope),
-        Overlays(scope),
+        Disks(scope),
         FlashFiles(scope),
         Seeds(scope),
         Guests(scope, report),
@@ -161,7 +161,10 @@ def apply(
 
 
 def prepare(topology: Topology, progress: Progress) -> None:
-    """What has to be done before moving into a place without a way out, which can't download."""
+    """What has to be done before moving into a place without a way out, which can't download, and
+    without a sight of who is outside.
+    """
+    refuse_held(topology)
     if any(guest.image == "tiny" for guest in topology.guests.values()):
         from netorch.system.tiny import tiny_image
 

@@ -25,6 +25,10 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
         """
         return None
 
+    def refuses(self, new: Self) -> str:
+        """Why this one can't become `new`, which has its key, as a sentence; "" where it can."""
+        return ""
+
     def describe(self) -> str:
         """The resource in a few words, as `plan` prints it."""
         raise NotImplementedError

@@ -18,9 +18,12 @@ import msgspec
 from netorch.boot_resources import GuestBoot as GuestBoot
 from netorch.boot_resources import Seed as Seed
 from netorch.boot_resources import Variables as Variables
+from netorch.guest_resources import DiskLayer as DiskLayer
 from netorch.guest_resources import Guest as Guest
+from netorch.guest_resources import GuestDisk as GuestDisk
 from netorch.guest_resources import GuestNic as GuestNic
 from netorch.guest_resources import Overlay as Overlay
+from netorch.guest_resources import Volume as Volume
 from netorch.resource import Resource as Resource
 
 
@@ -317,6 +320,7 @@ AnyResource = (
     | Overlay
     | Seed
     | Variables
+    | Volume
     | Guest
 )
 

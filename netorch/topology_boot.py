@@ -86,8 +86,9 @@ def _source(path: Key, guest: Guest) -> Iterator[Doubt]:
         if not guest.nics:
             hint = 'nics = [{ network = "..." }]'
             yield boot, "there is no NIC to boot from", hint, ((*path, "nics"),)
-    if image_of(guest) == "none" and guest.kernel is None and guest.boot == "disk":
-        hint = 'an image, a kernel, or boot = "network"'
+    bootable = guest.kernel is not None or guest.boot == "network" or guest.disks
+    if image_of(guest) == "none" and not bootable:
+        hint = 'an image, a disk, a kernel, or boot = "network"'
         yield (*path, "image"), "there is nothing to boot from", hint, (boot, kernel)
 
 

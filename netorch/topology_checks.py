@@ -16,6 +16,7 @@ from netorch.model import Dhcp, Guest, HostNic, Network, Nic, Topology
 from netorch.names import bridge_name
 from netorch.topology_boot import boots
 from netorch.topology_clashes import clashes, overlaps
+from netorch.topology_disks import storage
 from netorch.topology_expect import expectations
 from netorch.topology_order import order
 from netorch.topology_values import (
@@ -71,9 +72,12 @@ class _Checks:
             self._room(name, network)
         for finding in (*overlaps(self.subnets), *clashes(self.topology), *order(self.topology)):
             self.say(*finding)
-        for doubts in (boots(self.topology), expectations(self.topology)):
-            for path, message, hint, because in doubts:
-                self.say(path, message, hint, *because)
+        for path, message, hint, because in (
+            *storage(self.topology),
+            *boots(self.topology),
+            *expectations(self.topology),
+        ):
+            self.say(path, message, hint, *because)
         return self.findings
 
     def say(self, path: Key, message: str, hint: str = "", *because: Key) -> None:
@@ -187,11 +191,6 @@ class _Checks:
 
     def _guest(self, name: str, guest: Guest) -> None:
         path: Key = ("guests", name)
-        if not guest.image or "\0" in guest.image or guest.image.startswith("~"):
-            hint = '"tiny", "none", or the path of a qcow2 or raw image'
-            if guest.image.startswith("~"):
-                hint = "write the directory out: whose home ~ is depends on who runs netorch"
-            self.say((*path, "image"), f"{quoted(guest.image)} is not an image's path", hint)
         self._memory((*path, "memory"), guest.memory)
         for index, nic in enumerate(guest.nics):
             self._nic((*path, "nics", index), nic)

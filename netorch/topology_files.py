@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from netorch.errors import Finding, Key, quoted
-from netorch.model import DISKLESS, Guest, Topology
+from netorch.model import DISKLESS, Guest, Layer, Topology
 from netorch.topology_boot import image_of, is_public_key, is_user_data
 
 
@@ -35,10 +35,23 @@ def _absolute(base: Path, path: str | None) -> str | None:
 
 
 def _guest(path: Key, guest: Guest, base: Path, findings: list[Finding]) -> Guest:
+    def layers(written: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        return tuple(
+            msgspec.structs.replace(layer, file=os.path.abspath(base / layer.file))
+            for layer in written
+        )
+
     image = image_of(guest)
     return msgspec.structs.replace(
         guest,
         image=image if image in DISKLESS else os.path.abspath(base / image),
+        backing=layers(guest.backing),
+        disks=tuple(
+            msgspec.structs.replace(
+                disk, file=_absolute(base, disk.file), backing=layers(disk.backing)
+            )
+            for disk in guest.disks
+        ),
         kernel=_absolute(base, guest.kernel),
         initrd=_absolute(base, guest.initrd),
         user_data=_user_data((*path, "user_data"), guest.user_data, base, findings),

@@ -1,4 +1,4 @@
-"""What a guest boots, opened for its QEMU: a kernel, its disk, UEFI firmware, cloud-init's seed."""
+"""What a guest boots besides its disks, opened for its QEMU: a kernel, firmware, a seed."""
 
 import contextlib
 import os
@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from netorch.boot_devices import Firmware, Kernel
-from netorch.disk_devices import Disk
 from netorch.errors import ImageError, MissingError
 from netorch.guests import Boot
-from netorch.model import DISKLESS
 from netorch.resources import Guest
-from netorch.system import disks
 from netorch.system.firmware import uefi, variables_path
+from netorch.system.images import image_format
 from netorch.system.scope import Scope
 from netorch.system.seeds import seed_image
 from netorch.system.tiny import tiny_image
@@ -54,15 +52,14 @@ class Opening:
         guest = self._guest
         seed = self._open(seed_image(self._scope, guest.name)) if guest.boot.seed else None
         firmware = self._firmware() if guest.boot.uefi else None
-        disk = self._disk() if guest.image not in DISKLESS else None
-        return Boot(kernel=self._kernel(), disk=disk, firmware=firmware, seed_fd=seed)
+        return Boot(kernel=self._kernel(), firmware=firmware, seed_fd=seed)
 
     def _kernel(self) -> Kernel | None:
         boot = self._guest.boot
         if self._guest.image == "tiny":
             tiny = tiny_image(self._progress)
             cmdline = f"{tiny.cmdline} netorch.hostname={self._guest.name}"
-            kernel = tiny.vmlinuz if boot.uefi else tiny.kernel
+            kernel = tiny.vmlinuz if boot.uefi or self._guest.video else tiny.kernel
             return Kernel(str(kernel), str(tiny.initrd), cmdline)
         if not boot.kernel:
             return None
@@ -72,17 +69,10 @@ class Opening:
     def _path_of_fd(self, path: str) -> str:
         return f"/proc/self/fd/{self._open(Path(path))}"
 
-    def _disk(self) -> Disk:
-        guest = self._guest
-        base = self._open(Path(guest.image))
-        return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
-
     def _firmware(self) -> Firmware:
         code = uefi(self._guest.machine).code
         variables = variables_path(self._scope, self._guest.name, self._guest.machine)
-        return Firmware(
-            self._open(code.path), code.format, variables, disks.image_format(variables)
-        )
+        return Firmware(self._open(code.path), code.format, variables, image_format(variables))
 
     def _open(self, path: Path) -> int:
         try:

@@ -13,20 +13,20 @@ its disk caches and quit, as its `quit` does, and needs no socket.
 """
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from netorch.errors import ImageError, MissingError, NetorchError
-from netorch.guests import Descriptors, argv, needs_network
-from netorch.model import DISKLESS
+from netorch.guests import Descriptors, argv, needs_network, vnc_socket
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import boots, disks
+from netorch.system import boots, disk_checks
 from netorch.system.accel import accelerator
+from netorch.system.disks import open_disk
 from netorch.system.guest_processes import directory_of, end_guests, run_states, running
 from netorch.system.guest_taps import open_queues
 from netorch.system.qmp import Qmp, QmpError, listen
@@ -77,16 +77,10 @@ class Guests:
         reasons = []
         if guests and program(QEMU) is None:
             reasons.append(f"{QEMU} is not installed: {_INSTALL_QEMU}")
-        for image in dict.fromkeys(guest.image for guest in guests):
-            reasons += self._image_reasons(image)
-        for guest in guests:
-            reasons += boots.reasons(guest)
-            if guest.image not in DISKLESS and disks.outdated(self._scope, guest):
-                reasons.append(
-                    f"image {guest.image} was written to after the disk of guest {guest.name} was "
-                    "made from it: take the guest out of the file and apply, then start it anew"
-                )
-        return reasons
+        if any(guest.image == "tiny" for guest in guests):
+            reasons += self._tiny_reasons()
+        reasons += [reason for guest in guests for reason in boots.reasons(guest)]
+        return reasons + disk_checks.reasons(self._scope, guests)
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
@@ -123,24 +117,11 @@ class Guests:
                 shutil.rmtree(directory)
             done(guest)
 
-    def _image_reasons(self, image: str) -> Iterator[str]:
+    def _tiny_reasons(self) -> Iterator[str]:
         try:
-            if image == "none":
-                return
-            if image == "tiny":
-                tiny_image(self._progress)
-                return
-            image_format = disks.image_format(Path(image))
+            tiny_image(self._progress)
         except ImageError as error:
             yield f"{error.message}: {error.hint}" if error.hint else error.message
-            return
-        if image_format == "qcow2" and (backing := disks.backing(Path(image))[0]):
-            yield (
-                f"image {image} is itself an overlay, of {backing}: make one that stands alone "
-                f"with `qemu-img convert -O qcow2 {image} NEW`"
-            )
-        if writer := disks.writer(Path(image)):
-            yield f"image {image} is being written to by {writer}: shut that down, or use a copy"
 
     def _create(
         self, guests: list[Guest], done: Callable[[Resource], None], errors: list[NetorchError]
@@ -170,6 +151,8 @@ class Guests:
         for process in greeted:
             with _collected(errors), process.qmp:
                 process.qmp.ask("cont")
+                if process.guest.vnc == "socket":  # QEMU made it, by the person's umask
+                    (self._scope.run / vnc_socket(process.guest.name)).chmod(0o600)
                 process.child.close()
                 done(process.guest)
 
@@ -187,18 +170,21 @@ class Guests:
             for name in ("qmp", "serial", "agent")
         )
         taps = tuple(tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics)
+        sets = itertools.count(1)
+        files = tuple(
+            open_disk(self._scope, guest.name, disk, sets, opened) for disk in guest.disks
+        )
         opening = boots.Opening(self._scope, guest, opened, self._progress)
         boot = opening.boot()
         accel = accelerator() if guest.accel == "auto" else guest.accel
-        fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
-        words = argv(
-            guest, program=qemu, accel=accel, boot=boot, fds=fds, log=f"{relative}/serial.log"
-        )
+        fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps, files)
+        console = f"{relative}/serial.log"
+        words = argv(guest, program=qemu, accel=accel, boot=boot, fds=fds, log=console)
         start = Start(
             guest,
             words,
             log=directory / "qemu.log",
-            pass_fds=[*_numbers(fds), *opening.fds],
+            pass_fds=[*fds.numbers(), *opening.fds],
             capabilities=(),
             apart=not needs_network(guest),
             kept=directory,
@@ -229,6 +215,7 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
     left = _DESCRIPTORS
     for guest in guests:
         needed = _EACH + sum(nic.queues for nic in guest.nics)
+        needed += sum(len(disk.layers) + 1 for disk in guest.disks)
         if batch and needed > left:
             yield batch
             batch, left = [], _DESCRIPTORS
@@ -236,11 +223,6 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
         left -= needed
     if batch:
         yield batch
-
-
-def _numbers(fds: Descriptors) -> list[int]:
-    queues = [fd for tap in fds.taps for fd in tap]
-    return [fds.qmp, fds.serial, fds.agent, *queues]
 
 
 @contextlib.contextmanager

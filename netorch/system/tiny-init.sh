@@ -52,6 +52,21 @@ start_agent() {
     done
 }
 
+# A shell on the screen, where there is one (0x03: display controllers): tiny's serial console has
+# another.
+start_screen() {
+    for device in /sys/bus/pci/devices/*; do
+        read -r class < "$device/class"
+        case $class in
+            0x03*)
+                # In a session of its own, with the terminal as its controlling one.
+                while :; do setsid -c sh -l; done < /dev/tty1 > /dev/tty1 2>&1 &
+                return
+                ;;
+        esac
+    done
+}
+
 as_init() {
     mount -a
     read -r line < /proc/cmdline
@@ -85,6 +100,7 @@ as_late() {
     mount -t tmpfs shm /dev/shm
     uevent /lib/netorch/hotplug > /dev/null 2>&1 &
     load_all
+    start_screen
     # A second look, for what came after the first one and before the listener was there.
     start_dhcp
 }

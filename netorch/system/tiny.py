@@ -58,7 +58,8 @@ class TinyImage:
     """What QEMU needs for -kernel, -initrd and, as the start of it, -append.
 
     `vmlinuz` is the kernel as distributions have it, for firmware (UEFI) and other boot loaders;
-    `kernel` may be it unpacked.
+    `kernel` may be it unpacked. That starts earlier, but only `vmlinuz` knows the screen: Linux
+    learns of its text mode on its way through the BIOS (drivers/video/console/vgacon.c).
     """
 
     kernel: Path

@@ -107,8 +107,8 @@ def test_with_a_kernel_or_from_the_network_tiny_has_no_part() -> None:
     assert (kernel.image, kernel.boot.kernel) == ("none", "/labs/boot/bzImage")
     assert (pxe.image, pxe.boot.nics) == ("none", (0,))
     assert (disk.image, disk.boot.cmdline) == ("/labs/root.img", "ro")
-    assert "overlay:disk" in state
-    assert "overlay:kernel" not in state
+    assert "overlay:disk:image" in state
+    assert "overlay:kernel:image" not in state
 
 
 def test_a_guest_boots_from_the_networks_that_say_what() -> None:

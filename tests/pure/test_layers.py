@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "netorch"
 LAYERS = (
     {"__main__"},
     {"cli", "watchdog"},
+    {"cli_access"},
     {"pytest_plugin"},
     {"needs"},
     {"api"},
@@ -20,9 +21,9 @@ LAYERS = (
     {"starter"},
     {"agent", "agents"},
     {"wire"},
-    {"guest_cli"},
+    {"guest_cli", "cli_access"},
     {"cli_options"},
-    {"watcher"},
+    {"watcher", "access"},
     {"report", "nodes", "verify", "picture", "lifecycle", "tap_report"},
     {"labs"},
     {"whereabouts", "surroundings", "bridging", "tap_queues"},
@@ -38,13 +39,16 @@ LAYERS = (
         "qemu_options",
         "nic_devices",
         "disk_devices",
+        "guest_disks",
         "topology",
         "schema",
         "boot_devices",
         "cloud_init",
+        "keys",
+        "png",
     },
-    {"topology_checks", "topology_clashes", "topology_expect", "topology_shape", "topology_order"}
-    | {"topology_boot", "topology_files"}
+    {"topology_checks", "topology_clashes", "topology_disks", "topology_expect"}
+    | {"topology_shape", "topology_order", "topology_boot", "topology_files"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "boot_resources", "resource", "facts", "names"},

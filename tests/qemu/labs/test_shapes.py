@@ -7,6 +7,7 @@ What the golden files of tests/pure/golden render, and where it runs for real:
     states/hosts-only        test_hosts_only
     states/isolated          test_isolated
     states/quickstart        test_nodes.test_quickstart_and_commands_in_its_nodes
+    states/screen            test_access.test_files_keys_and_pictures
     states/taps              test_taps_for_a_machine_that_something_else_starts
     states/three-nics        test_nics.test_three_nics_take_leases_and_move_a_megabyte_each_way
     states/virbr0-vs-br0     test_packets.test_virbr0_and_br0
@@ -16,6 +17,7 @@ What the golden files of tests/pure/golden render, and where it runs for real:
       e1000, rtl8139           test_nics (three-models: with all in one guest, test_every_mode...)
       qcow2, raw               test_disks.test_guests_write_to_overlays_and_never_to_the_image
       vnc                      test_nodes.test_console_and_screen
+      vnc-socket               test_access
     mistakes/*               never reach a machine
 
 Modes: nat, bridge in test_packets; isolated, route, open, no DHCP, no DNS, no address, STP here;
@@ -233,7 +235,7 @@ def test_taps_for_a_machine_that_something_else_starts(machine: Machine) -> None
 
 
 def test_golden_files_are_all_exercised(machine: Machine) -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == {"guests", "mistakes", "states"}
+    assert {path.name for path in GOLDEN.iterdir()} == {"disks", "guests", "mistakes", "states"}
     assert {path.stem for path in (GOLDEN / "guests").iterdir()} == set(SHAPES)
     sources = [path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py")]
     for kind in (GOLDEN / "states", TOPOLOGIES):
