@@ -43,14 +43,17 @@ def cli() -> None:
     metavar="SECONDS",
     help="Put everything back after SECONDS unless `netorch confirm` comes first.",
 )
-def apply(file: Path, place: str, and_verify: bool, as_json: bool, confirm: float | None) -> None:
+@click.option("--restart", is_flag=True, help="Restart guests where a change needs it.")
+def apply(
+    file: Path, place: str, and_verify: bool, as_json: bool, confirm: float | None, restart: bool
+) -> None:
     """Bring up the lab that FILE describes, or change the running one to match."""
     from netorch import labs, report
 
     topology = _load(file)
     progress = report.Printer(sys.stderr, quiet_signals)
     source = str(file.resolve())
-    outcome = labs.apply(topology, source, place, progress, confirm)  # type: ignore[arg-type]
+    outcome = labs.apply(topology, source, place, progress, confirm, restart)  # type: ignore[arg-type]
     made = report.plan_json(outcome)
     if not as_json:
         report.up(outcome, progress, confirm)

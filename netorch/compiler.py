@@ -15,7 +15,7 @@ from netorch.cloud_init import SeedNic, seed_files
 from netorch.facts import Facts, Interface
 from netorch.guest_disks import disks_of, storage_of
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
-from netorch.names import bridge_name, tap_name, tap_names, veth_name
+from netorch.names import bridge_name, tap_id, tap_name, tap_names, veth_name
 from netorch.networks import (
     Reservation,
     Segment,
@@ -254,7 +254,12 @@ class _Compiler:
                 continue
             mac = self.macs.of_nic(name, index, nic.mac)
             yield self._tap(
-                f"{name}:{index}", tap_name(name, index, nic), nic.network, nic.queues, 0, mac
+                f"{name}:{tap_id(index, nic)}",
+                tap_name(name, index, nic),
+                nic.network,
+                nic.queues,
+                0,
+                mac,
             )
 
     def _tap(
@@ -297,7 +302,6 @@ class _Compiler:
 
     def _guest(self, name: str, guest: Guest) -> RunningGuest:
         boot_nics = tuple(self._boot_nics(guest)) if guest.boot == "network" else ()
-        served = {n: None for nic in guest.nics if self.segments[n := nic.network].dhcp_first}
         return RunningGuest(
             name=name,
             image=guest.image,
@@ -307,16 +311,19 @@ class _Compiler:
             cpus=guest.cpus,
             nics=tuple(
                 GuestNic(
+                    id=tap_id(index, nic),
                     mac=self.macs.of_nic(name, index, nic.mac),
                     model=nic.model,
                     tap="" if self.facts.helper else tap_name(name, index, nic),
                     queues=nic.queues,
                     bridge=self.bridges[nic.network] if self.facts.helper else "",
+                    network=nic.network,
+                    served=bool(self.segments[nic.network].dhcp_first),
+                    link=nic.link,
                 )
                 for index, nic in enumerate(guest.nics)
             ),
             disks=disks_of(guest, self.facts.formats, len(boot_nics)),
-            networks=tuple(served),
             vnc=_display(guest),
             video=guest.video or ("" if guest.vnc is False else "VGA"),
             boot=GuestBoot(
@@ -327,6 +334,7 @@ class _Compiler:
                 uefi=guest.firmware == "uefi",
                 seed=bool(guest.user_data or guest.ssh_keys),
             ),
+            ports=_ports(guest),
         )
 
     def _boot_nics(self, guest: Guest) -> Iterator[int]:
@@ -353,6 +361,13 @@ def _display(guest: Guest) -> str:
     if isinstance(guest.vnc, bool):
         return "socket" if guest.vnc else ""
     return str(guest.vnc)
+
+
+def _ports(guest: Guest) -> int:
+    """Each costs a start some hundredths of a second; a `pc` has hot-plug without any."""
+    if guest.machine != "q35":
+        return 0
+    return 4 if guest.ports is None else guest.ports
 
 
 def _gateway_of(nic: HostNic, segment: Segment) -> str:

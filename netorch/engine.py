@@ -96,18 +96,22 @@ def apply(
     ready: Callable[[Plan], object] = lambda plan: None,
     before: Callable[[Sequence[Action], Plan], object] = lambda step, plan: None,
     observed: State | None = None,
+    restart: bool = True,
 ) -> Plan:
     """Bring the machine to `desired`; return the plan that did it, empty if nothing had to be done.
 
     `ready` waits for what has to come to life by itself, and `before` for what a step has to come
     after; a ReadyError leaves the machine as it is then, but an interruption takes back what was
-    done. `observed` is what is known to be there, if it is known. Raises ConflictError before the
-    first change, ApplyError after the rollback.
+    done. `observed` is what is known to be there, if it is known. Without `restart`, a plan that
+    restarts a guest is refused. Raises ConflictError before the first change, ApplyError after the
+    rollback.
     """
     observed = machine.observe() if observed is None else observed
     plan = diff(desired, observed)
     progress.planned(plan)
     if plan:
+        if not restart:
+            refuse_restarts(plan)
         check(machine, plan)
         with Undo(machine, observed, progress):
             for step in plan.steps:
@@ -126,6 +130,13 @@ def apply(
         with Undo(machine, observed, progress):
             raise
     return plan
+
+
+def refuse_restarts(plan: Plan) -> None:
+    """Raise ConflictError if the plan restarts guests; it names each, and why."""
+    if restarts := plan.restarts:
+        lines = [f"{key.replace(':', ' ')} has to restart: {why}" for key, why in restarts.items()]
+        raise ConflictError("\n".join(lines), "to let that happen: netorch apply --restart FILE")
 
 
 def check(machine: Machine, plan: Plan) -> None:

@@ -72,6 +72,7 @@ def argv(
         *(() if guest.image == "tiny" and accel == "tcg" else ("-cpu", _CPUS[accel])),
         *("-smp", f"cpus={guest.cpus}", "-m", f"size={guest.memory}M"),
         *_character_devices(fds, log),
+        *(word for port in nic_devices.ports(guest.ports) for word in _json("-device", port)),
         *(
             word
             for index, nic in enumerate(guest.nics)
@@ -118,10 +119,13 @@ def _machine(guest: Guest, boot: Boot) -> str:
 
 
 def _nic(guest: Guest, index: int, nic: GuestNic, queues: Sequence[int]) -> Iterator[str]:
-    device = nic_devices.device(index, nic)
+    port = guest.port_of(index)
+    device = nic_devices.device(nic, port)
     if index in guest.boot.nics:
         device = boot_devices.from_network(device, 1 + guest.boot.nics.index(index))
-    yield from _json("-netdev", nic_devices.netdev(index, queues))
+    plugged = nic_devices.Plugged(nic=nic, index=index, port=port)
+    yield from _json("-object", nic_devices.spec(plugged))
+    yield from _json("-netdev", nic_devices.netdev(nic, queues))
     yield from _json("-device", device)
 
 

@@ -121,12 +121,13 @@ def apply(
     choice: PlaceChoice,
     progress: Progress,
     confirm: float | None = None,
+    restart: bool = False,
 ) -> Outcome:
     """Make the lab be what the topology says, and wait until its guests and hosts have their
     addresses.
 
     With `confirm`, everything goes back after that many seconds unless a confirmation comes first
-    (`netorch.system.confirmation`).
+    (`netorch.system.confirmation`). Without `restart`, what needs guests to restart is refused.
 
     Raises ConflictError before the first change, ApplyError after the rollback, ReadyError if all
     was made but a guest didn't come to life in time (the lab stays up for a look).
@@ -147,7 +148,7 @@ def apply(
             if place.private:
                 enter(place)
             refuse_a_twin(lab)
-            plan = _apply_here(lab, topology, source, progress, watchdog)
+            plan = _apply_here(lab, topology, source, progress, restart, watchdog)
         except ReadyError:
             raise
         except BaseException:
@@ -172,7 +173,13 @@ def prepare(topology: Topology, progress: Progress) -> None:
 
 
 def apply_inside(
-    lab: Lab, topology: Topology, source: str, progress: Progress, *, fresh: bool = False
+    lab: Lab,
+    topology: Topology,
+    source: str,
+    progress: Progress,
+    *,
+    fresh: bool = False,
+    restart: bool = False,
 ) -> Plan:
     """As `apply`, in a process that is in the lab's place and has its lock. What fails leaves the
     place to the caller.
@@ -181,7 +188,7 @@ def apply_inside(
     there but what was asked for.
     """
     note_place(lab)
-    return _apply_here(lab, topology, source, progress, fresh=fresh)
+    return _apply_here(lab, topology, source, progress, restart, fresh=fresh)
 
 
 def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
@@ -263,6 +270,7 @@ def _apply_here(
     topology: Topology,
     source: str,
     progress: Progress,
+    restart: bool,
     watchdog: Watchdog | None = None,
     fresh: bool = False,
 ) -> Plan:
@@ -298,7 +306,7 @@ def _apply_here(
             refuse_too_much(plan)
         readiness.before(step, plan)
 
-    return engine.apply(adapters, desired, progress, ready, before, observed=known)
+    return engine.apply(adapters, desired, progress, ready, before, known, restart)
 
 
 def _outside(name: str, run: Path) -> Scope:

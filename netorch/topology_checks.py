@@ -192,6 +192,9 @@ class _Checks:
     def _guest(self, name: str, guest: Guest) -> None:
         path: Key = ("guests", name)
         self._memory((*path, "memory"), guest.memory)
+        if guest.ports is not None and guest.machine != "q35":
+            message = f'machine "{guest.machine}" has no ports: its NICs come and go without'
+            self.say((*path, "ports"), message, "leave it out", (*path, "machine"))
         for index, nic in enumerate(guest.nics):
             self._nic((*path, "nics", index), nic)
 

@@ -22,7 +22,7 @@ def guest(**changes: object) -> Guest:
 
 def nic(number: int, model: str = "virtio-net-pci", queues: int = 1) -> GuestNic:
     mac = f"52:54:00:00:00:{number:02x}"
-    return GuestNic(mac=mac, model=model, tap=f"vm1-{number}", queues=queues)
+    return GuestNic(id=str(number), mac=mac, model=model, tap=f"vm1-{number}", queues=queues)
 
 
 def image_disk(format: str, path: str = "/images/base.img") -> GuestDisk:

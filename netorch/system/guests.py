@@ -27,7 +27,9 @@ from netorch.resources import Guest, Resource
 from netorch.system import boots, disk_checks
 from netorch.system.accel import accelerator
 from netorch.system.disks import open_disk
-from netorch.system.guest_processes import directory_of, end_guests, run_states, running
+from netorch.system.guest_changes import change, must_start_again, set_links
+from netorch.system.guest_devices import look_at_all
+from netorch.system.guest_processes import UNREACHABLE, directory_of, end_guests, running
 from netorch.system.guest_taps import open_queues
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.readiness import start_line
@@ -43,8 +45,6 @@ _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qe
 _DESCRIPTORS = 800
 _EACH = 10  # three sockets, the connection, the process, and all that a guest may boot
 
-# How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
-_RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
 _SEVERAL = "running more than once"
 
 
@@ -65,12 +65,17 @@ class Guests:
 
     def observe(self) -> Iterable[Guest]:
         found = running(self._scope)
-        guests = {key: processes[0].resource for key, processes in found.items()}
-        states = run_states(self._scope, [g.name for g in guests.values() if isinstance(g, Guest)])
-        for key, guest in guests.items():
+        seen = look_at_all(self._scope, [processes[0] for processes in found.values()])
+        for processes in found.values():
+            guest = processes[0].resource
             assert isinstance(guest, Guest)
-            state = states[guest.name] if len(found[key]) == 1 else _SEVERAL
-            yield msgspec.structs.replace(guest, state=state)
+            look = seen.get(guest.name)
+            if len(processes) > 1 or look is None:
+                state = _SEVERAL if len(processes) > 1 else UNREACHABLE
+                yield msgspec.structs.replace(guest, state=state)
+                continue
+            nics = tuple(plugged.nic for plugged in look.nics)
+            yield msgspec.structs.replace(guest, state=look.state, nics=nics, vnc=look.vnc)
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
@@ -91,19 +96,20 @@ class Guests:
             raise errors[0]
 
     def update(self, wanted: Sequence[Update], done: Callable[[Resource], None]) -> None:
-        again = [change for change in wanted if _state(change.old) not in _RESUME]
-        for change in wanted:
-            if change not in again and isinstance(change.new, Guest):
-                with Qmp(
-                    directory_of(self._scope, change.new.name) / "qmp.sock", change.new.name
-                ) as qmp:
-                    qmp.ready()
-                    qmp.ask(_RESUME[_state(change.old)])
-                done(change.new)
+        found = running(self._scope)
+        again, live = [], []
+        for one in wanted:
+            assert isinstance(one.new, Guest)
+            if must_start_again(one.old, one.new) or one.new.key not in found:
+                again.append(one.new)
+            else:
+                live.append((one.new, found[one.new.key][0]))
+        errors = change(self._scope, live, done)
         if again:
-            found = running(self._scope)
-            end_guests(self._scope, [p for change in again for p in found.get(change.new.key, ())])
-            self.create([change.new for change in again], done)
+            end_guests(self._scope, [p for guest in again for p in found.get(guest.key, ())])
+            self.create(again, done)
+        if errors:
+            raise errors[0]
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         found = running(self._scope)
@@ -150,6 +156,7 @@ class Guests:
                 greeted.append(process)
         for process in greeted:
             with _collected(errors), process.qmp:
+                set_links(process.qmp, process.guest)
                 process.qmp.ask("cont")
                 if process.guest.vnc == "socket":  # QEMU made it, by the person's umask
                     (self._scope.run / vnc_socket(process.guest.name)).chmod(0o600)
@@ -190,10 +197,6 @@ class Guests:
             kept=directory,
         )
         return guest, Qmp(directory / "qmp.sock", guest.name), start
-
-
-def _state(resource: Resource) -> str:
-    return resource.state if isinstance(resource, Guest) else ""
 
 
 def _await_greeting(started: _Started) -> None:

@@ -2,12 +2,13 @@
 
 A client of our own and not qemu.qmp: that is built on asyncio, and importing it takes 35 ms on top
 of json and socket (10 ms), in every command that looks at a guest, where QEMU itself takes 17 ms
-from exec to greeting. What netorch asks for is a handful of commands without events, in order, and
-that is the length of `_Lines`.
+from exec to greeting. What netorch asks for is a handful of commands, in order, one event, and that
+is the length of `_Lines`.
 
 QMP (docs/interop/qmp-spec.txt): a greeting, then `qmp_capabilities`, then commands; events may
-stand between. A QMP server serves one client at a time; the next one waits in its backlog until the
-first has left.
+stand between, and those that come before an answer are kept for `event`. Descriptors go along with
+a command (SCM_RIGHTS), and `getfd` names them. A QMP server serves one client at a time; the next
+one waits in its backlog until the first has left.
 
 Guest agent (docs/interop/qemu-ga-ref): no greeting. The port may still hold what an earlier client
 left, so a session starts with 0xFF (which resets the agent's parser) and guest-sync-delimited,
@@ -109,6 +110,7 @@ class _Lines:
         self._socket = client
         self._lines = client.makefile("rb")
         self._name = name
+        self._events: list[Any] = []
 
     def __enter__(self) -> Self:
         return self
@@ -159,6 +161,8 @@ class _Lines:
             if "error" in message:
                 reason = message["error"]["desc"]
                 raise QmpError(f"failed to {command} in {self._name}: {reason}")
+            if "event" in message:
+                self._events.append(message)
 
 
 class Qmp(_Lines):
@@ -186,6 +190,30 @@ class Qmp(_Lines):
         """The answer to a command, for which QEMU may be given descriptors."""
         self.send(command, arguments, fds)
         return self.answer(command)
+
+    def event(self, name: str, device: str, seconds: float) -> bool:
+        """Wait for an event about a device; False if it does not come in time, and then the session
+        is of no more use.
+        """
+        import time
+
+        deadline = time.monotonic() + seconds
+        while not any(
+            e["event"] == name and e.get("data", {}).get("device") == device for e in self._events
+        ):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._socket.settimeout(left)
+            try:
+                message = json.loads(self.line())
+            except QmpError as error:
+                if isinstance(error.__cause__, TimeoutError):
+                    return False
+                raise
+            self._events.append(message)
+        self._socket.settimeout(SECONDS)
+        return True
 
 
 class Agent(_Lines):
