@@ -11,10 +11,9 @@ from pathlib import Path
 import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
-from netorch.cloud_init import SeedNic, seed_files
 from netorch.facts import Facts, Interface
 from netorch.guest_disks import disks_of, storage_of
-from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
+from netorch.model import Dhcp, Guest, Host, HostNic, Network, Nic, Taps, Topology
 from netorch.names import bridge_name, tap_id, tap_name, tap_names, veth_name
 from netorch.networks import (
     Reservation,
@@ -71,6 +70,11 @@ class _Compiler:
         self.source = source
         self.macs = Macs(topology)
         self.gateways = gateways(topology, facts)
+        self.nics: dict[str, list[tuple[str, int, Nic | HostNic]]] = {}
+        for node, index, nic in nics_of(topology):
+            self.nics.setdefault(nic.network, []).append((node, index, nic))
+        modes = {network.mode for network in topology.networks.values()}
+        self.routed = not modes.isdisjoint(("nat", "route", "open"))
         self.bridges = {name: bridge_name(name, net) for name, net in topology.networks.items()}
         self.segments = {name: self._segment(name) for name in topology.networks}
 
@@ -135,10 +139,9 @@ class _Compiler:
 
     def _is_lan(self, name: str) -> bool:
         """Is this a bridged network that the lab's routed ones may leave by?"""
-        routed = any(n.mode in ("nat", "route", "open") for n in self.topology.networks.values())
         network = self.topology.networks[name]
         member = bool(self.gateways[name] or network.uplink)
-        return network.mode == "bridge" and member and routed
+        return network.mode == "bridge" and member and self.routed
 
     def _uplinks(self) -> list[str]:
         """Foreign interfaces that traffic of the lab leaves by; forwarding has to be on for the
@@ -146,8 +149,8 @@ class _Compiler:
         """
         found: dict[str, None] = {}
         networks = self.topology.networks.values()
-        taken_in = [n.uplink for n in networks if n.mode == "bridge"]
-        ours = [bridge for name, bridge in self.bridges.items() if not self._is_external(name)]
+        taken_in = {n.uplink for n in networks if n.mode == "bridge"}
+        ours = {bridge for name, bridge in self.bridges.items() if not self._is_external(name)}
         for network in networks:
             if network.mode not in ("nat", "route", "open"):
                 continue
@@ -198,7 +201,7 @@ class _Compiler:
         """One for every NIC that asks this network for an address: so addresses never wander."""
         if first is None or last is None:
             return
-        nics = [(node, i, nic) for node, i, nic in nics_of(self.topology) if nic.network == name]
+        nics = self.nics.get(name, ())
         fixed = {
             nic.address.partition("/")[0] for _, _, nic in nics if nic.address not in (None, "dhcp")
         }
@@ -222,10 +225,9 @@ class _Compiler:
             named.add(node)
 
     def _static_names(self, name: str) -> Iterator[tuple[str, str]]:
-        for host, definition in self.topology.hosts.items():
-            for nic in definition.nics:
-                if nic.network == name and nic.address not in (None, "dhcp"):
-                    yield (str(IPv4Interface(nic.address).ip), host)
+        for host, _, nic in self.nics.get(name, ()):
+            if isinstance(nic, HostNic) and nic.address not in (None, "dhcp"):
+                yield (str(IPv4Interface(nic.address).ip), host)
 
     def _dnsmasq(self, segment: Segment, tftp: str) -> Dnsmasq:
         stem = f"{self.run}/dnsmasq-{segment.network}"
@@ -343,6 +345,8 @@ class _Compiler:
         yield from (index for index, boots in enumerate(said) if boots or not any(said))
 
     def _seed(self, name: str, guest: Guest) -> Seed:
+        from netorch.cloud_init import SeedNic, seed_files
+
         nics = [
             SeedNic(self.macs.of_nic(name, index, nic.mac), self._has_dhcp(nic.network))
             for index, nic in enumerate(guest.nics)

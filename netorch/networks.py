@@ -25,13 +25,13 @@ overrides no drop in another table: see `netorch.system.firewall.foreign_drops`.
 dnsmasq. One process a network, bound to its bridge, reading nothing but the three texts from here.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
 
+from netorch.digests import sha256
 from netorch.resources import Ruleset
 
 # The characters that a value may have in both languages without meaning anything but itself.
@@ -101,7 +101,7 @@ def ruleset(table: str, segments: Sequence[Segment]) -> Ruleset | None:
         return None
     parts = [*_sets(guarded), *_forward(guarded), *_postrouting(guarded)]
     body = "\n".join(part for part in parts if part)
-    digest = hashlib.sha256(body.encode()).hexdigest()[:32]
+    digest = sha256(body)[:32]
     return Ruleset(text=f'table inet {table} {{\n\tcomment "{digest}"\n{body}}}\n', digest=digest)
 
 

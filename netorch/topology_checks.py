@@ -57,6 +57,7 @@ class _Checks:
         # What NICs want of a network: addresses that they name, and any address.
         self.fixed: dict[str, set[IPv4Address]] = {name: set() for name in topology.networks}
         self.asking = dict.fromkeys(topology.networks, 0)
+        self.bridged = {n.uplink: name for name, n in topology.networks.items() if _takes_in(n)}
 
     def run(self) -> list[Finding]:
         for name, network in self.topology.networks.items():
@@ -118,9 +119,8 @@ class _Checks:
             self.say(
                 where, f'mode "{network.mode}" has no uplink', 'for mode "nat" or "route"', mode
             )
-        bridged = {n.uplink: name for name, n in self.topology.networks.items() if _takes_in(n)}
-        if network.uplink in bridged and not _takes_in(network):
-            other = bridged[network.uplink]
+        if network.uplink in self.bridged and not _takes_in(network):
+            other = self.bridged[network.uplink]
             bridge = bridge_name(other, self.topology.networks[other])
             message = f"{network.uplink} becomes a port of {bridge}, which has its routes then"
             self.say(where, message, quoted(bridge), mode, ("networks", other))

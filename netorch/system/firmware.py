@@ -114,7 +114,7 @@ class FlashFiles:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[Variables]:
+    def observe(self, look: object = None) -> Iterable[Variables]:
         for path in sorted(self._scope.disks.glob(f"*{_SUFFIX}")):
             guest, _, machine = path.name.removesuffix(_SUFFIX).rpartition(".")
             yield Variables(guest=guest, machine=machine)

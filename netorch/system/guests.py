@@ -63,7 +63,7 @@ class Guests:
         self._scope = scope
         self._progress = progress
 
-    def observe(self) -> Iterable[Guest]:
+    def observe(self, look: object = None) -> Iterable[Guest]:
         found = running(self._scope)
         seen = look_at_all(self._scope, [processes[0] for processes in found.values()])
         for processes in found.values():

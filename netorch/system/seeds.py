@@ -12,15 +12,14 @@ from pathlib import Path
 from netorch.planner import Update
 from netorch.resources import Resource, Seed
 from netorch.system.rundir import write
-from netorch.system.scope import Scope
+from netorch.system.scope import SEEDS, Scope
 
-_SEEDS = "seeds"
 _IMAGE = "seed.iso"
 _UNFINISHED = "+"  # no guest's name begins with it
 
 
 def seed_image(scope: Scope, guest: str) -> Path:
-    return scope.run / _SEEDS / guest / _IMAGE
+    return scope.run / SEEDS / guest / _IMAGE
 
 
 class Seeds:
@@ -31,8 +30,8 @@ class Seeds:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[Seed]:
-        for image in sorted((self._scope.run / _SEEDS).glob(f"*/{_IMAGE}")):
+    def observe(self, look: object = None) -> Iterable[Seed]:
+        for image in sorted((self._scope.run / SEEDS).glob(f"*/{_IMAGE}")):
             directory = image.parent
             if not directory.name.startswith(_UNFINISHED):
                 texts = (path for path in sorted(directory.iterdir()) if path != image)
@@ -67,7 +66,7 @@ class Seeds:
 
     def _directories(self, seed: Seed) -> tuple[Path, Path]:
         """Where it is, and where it is made."""
-        directory = self._scope.run / _SEEDS / seed.guest
+        directory = self._scope.run / SEEDS / seed.guest
         return directory, directory.with_name(_UNFINISHED + directory.name)
 
 

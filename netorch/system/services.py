@@ -24,6 +24,7 @@ from netorch.errors import KernelError, MissingError, NetorchError
 from netorch.planner import Update
 from netorch.resources import DhcpClient, Dnsmasq, Resource
 from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW, missing
+from netorch.system.look import Look
 from netorch.system.namespaces import send_signal
 from netorch.system.processes import end, leaders, marked
 from netorch.system.scope import Scope
@@ -50,8 +51,8 @@ class Dnsmasqs:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[Dnsmasq]:
-        for processes in leaders(marked(self._scope)).values():
+    def observe(self, look: Look | None = None) -> Iterable[Dnsmasq]:
+        for processes in (look or Look(self._scope)).processes.values():
             running = processes[0].resource
             if not isinstance(running, Dnsmasq):
                 continue
@@ -153,8 +154,8 @@ class DhcpClients:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[DhcpClient]:
-        for processes in leaders(marked(self._scope)).values():
+    def observe(self, look: Look | None = None) -> Iterable[DhcpClient]:
+        for processes in (look or Look(self._scope)).processes.values():
             running = processes[0].resource
             if isinstance(running, DhcpClient):
                 logged = self._log(running).exists()

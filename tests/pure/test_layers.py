@@ -53,7 +53,7 @@ LAYERS = (
     {"state"},
     {"resources", "guest_resources", "boot_resources", "resource", "facts", "names"},
     {"model"},
-    {"errors", "__init__"},
+    {"errors", "digests", "__init__"},
 )
 PURE = frozenset().union(*LAYERS[LAYERS.index({"planner"}) :]) - {"__init__"}
 MACHINE = {
