@@ -30,10 +30,13 @@ from netorch.resources import (
     DhcpClient,
     Dnsmasq,
     Forwarding,
+    GuestBoot,
     Namespace,
     Record,
     Resource,
+    Seed,
     Tap,
+    Variables,
     Veth,
 )
 from netorch.resources import Guest as RunningGuest
@@ -99,10 +102,15 @@ class _Compiler:
         for uplink in self._uplinks():
             yield Forwarding(name=uplink)
         for segment in self.segments.values():
-            if segment.gateway and (segment.dhcp_first or segment.dns):
-                yield self._dnsmasq(segment)
+            tftp = self.topology.networks[segment.network].tftp or ""
+            if segment.gateway and (segment.dhcp_first or segment.dns or tftp):
+                yield self._dnsmasq(segment, tftp)
         for name, guest in self.topology.guests.items():
             yield from storage_of(name, guest, disks_of(guest, self.facts.formats))
+            if guest.firmware == "uefi":
+                yield Variables(guest=name, machine=guest.machine)
+            if guest.user_data or guest.ssh_keys:
+                yield self._seed(name, guest)
             yield self._guest(name, guest)
 
     def _bridge(self, name: str, segment: Segment) -> Bridge:
@@ -169,6 +177,7 @@ class _Compiler:
             dhcp_first=str(first) if first else "",
             dhcp_last=str(last) if last else "",
             lease=network.dhcp.lease if isinstance(network.dhcp, Dhcp) else "1h",
+            boot=(network.dhcp.boot or "") if isinstance(network.dhcp, Dhcp) else "",
             dns=network.dns,
             domain=network.domain or "",
             reservations=tuple(self._reservations(name, first, last)),
@@ -221,7 +230,7 @@ class _Compiler:
             if isinstance(nic, HostNic) and nic.address not in (None, "dhcp"):
                 yield (str(IPv4Interface(nic.address).ip), host)
 
-    def _dnsmasq(self, segment: Segment) -> Dnsmasq:
+    def _dnsmasq(self, segment: Segment, tftp: str) -> Dnsmasq:
         stem = f"{self.run}/dnsmasq-{segment.network}"
         return Dnsmasq(
             network=segment.network,
@@ -231,9 +240,11 @@ class _Compiler:
                 hosts=f"{stem}.hosts",
                 names=f"{stem}.names",
                 log=f"{stem}.log",
+                tftp=tftp,
             ),
             hosts=dhcp_hosts(segment),
             names=static_names(segment),
+            tftp=tftp,
         )
 
     def _taps(self, name: str, taps: Taps) -> Iterator[Tap]:
@@ -293,6 +304,7 @@ class _Compiler:
                 yield DhcpClient(host=name, device=f"eth{index}")
 
     def _guest(self, name: str, guest: Guest) -> RunningGuest:
+        boot_nics = tuple(self._boot_nics(guest)) if guest.boot == "network" else ()
         return RunningGuest(
             name=name,
             image=guest.image,
@@ -308,11 +320,46 @@ class _Compiler:
                 served={n for n, segment in self.segments.items() if segment.dhcp_first},
                 helpers=self.bridges if self.facts.helper else None,
             ),
-            disks=disks_of(guest, self.facts.formats),
+            disks=disks_of(guest, self.facts.formats, len(boot_nics)),
             vnc=_display(guest),
             video=guest.video or ("" if guest.vnc is False else "VGA"),
+            boot=GuestBoot(
+                kernel=guest.kernel or "",
+                initrd=guest.initrd or "",
+                cmdline=guest.cmdline or "",
+                nics=boot_nics,
+                uefi=guest.firmware == "uefi",
+                seed=bool(guest.user_data or guest.ssh_keys),
+            ),
             ports=_ports(guest),
         )
+
+    def _boot_nics(self, guest: Guest) -> Iterator[int]:
+        """Those on networks that say what to boot; where none of the lab's does, all of them."""
+        said = [
+            nic.network is not None and bool(self.segments[nic.network].boot) for nic in guest.nics
+        ]
+        yield from (index for index, boots in enumerate(said) if boots or not any(said))
+
+    def _seed(self, name: str, guest: Guest) -> Seed:
+        from netorch.cloud_init import SeedNic, seed_files
+
+        nics = [
+            SeedNic(self.macs.of_nic(name, index, nic.mac), self._has_dhcp(nic))
+            for index, nic in enumerate(guest.nics)
+        ]
+        files = seed_files(name, guest.user_data or "", guest.ssh_keys, nics)
+        return Seed(guest=name, files=files)
+
+    def _has_dhcp(self, nic: Nic) -> bool:
+        """Whether the lab serves it there, or the LAN that the network is a part of may, or what
+        is behind a NIC without a network does.
+        """
+        if nic.network is None:
+            return nic.wire is None
+        network = self.topology.networks[nic.network]
+        joined = network.external or (network.mode == "bridge" and network.uplink is not None)
+        return bool(self.segments[nic.network].dhcp_first) or joined
 
 
 def _display(guest: Guest) -> str:

@@ -4,6 +4,7 @@ from typing import ClassVar, Literal, Self
 
 import msgspec
 
+from netorch.boot_resources import GuestBoot
 from netorch.model import Forward
 from netorch.resource import Resource
 
@@ -154,8 +155,8 @@ class Passt(Resource, frozen=True):
 
 
 class Guest(Resource, frozen=True):
-    """A running QEMU. `image` is `tiny` or an absolute path, then also that of the first disk;
-    `memory` is in MiB.
+    """A running QEMU. `image` is `tiny`, `none`, or an absolute path, then also that of the first
+    disk; `memory` is in MiB.
 
     `ports` is how many PCIe ports it has for NICs that come and go; a machine `pc` needs none.
     `vnc` is `socket`, for one in the run directory, or a display number on loopback, "" for none;
@@ -175,6 +176,7 @@ class Guest(Resource, frozen=True):
     ports: int = 0
     vnc: str = ""
     video: str = ""
+    boot: GuestBoot = GuestBoot()
     state: str = "running"
 
     @property
@@ -185,7 +187,9 @@ class Guest(Resource, frozen=True):
     def needs(self) -> tuple[str, ...]:
         taps = (self.tap_key(nic) for nic in self.nics if nic.tap)
         own = (disk for disk in self.disks if disk.use in ("overlay", "volume"))
-        disks = (f"{disk.use}:{self.name}:{disk.name}" for disk in own)
+        disks = [f"{disk.use}:{self.name}:{disk.name}" for disk in own]
+        disks += [f"seed:{self.name}"] if self.boot.seed else []
+        disks += [f"variables:{self.name}"] if self.boot.uefi else []
         services = (f"dnsmasq:{network}" for network in self.networks)
         return ("record", "ruleset", *disks, *taps, *services)
 
@@ -213,7 +217,7 @@ class Guest(Resource, frozen=True):
         return self._can_plug(new) and self._can_move_screen(new)
 
     def after_replace(self, needed: str) -> Self | None:
-        if needed.startswith(("overlay:", "volume:")):
+        if needed.startswith(("overlay:", "volume:", "seed:", "variables:")):
             return None
         nics = tuple(
             msgspec.structs.replace(nic, attached=False) if self.tap_key(nic) == needed else nic

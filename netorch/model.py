@@ -19,6 +19,7 @@ SERIAL = r"^[!-~]([ -~]{0,18}[!-~])?$(?!\n)"
 MAC = r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$(?!\n)"
 LEASE = r"^([0-9]{1,9}[smhdw]?|infinite)$(?!\n)"
 USER = r"^[^\s:\x00]{1,255}$(?!\n)"
+BOOT_FILE = r"^[A-Za-z0-9_./:@+-]{1,127}$(?!\n)"  # DHCP has 128 bytes for it
 READY = r"^(lease|agent|none|tcp:[0-9]{1,5}|console:.+)$(?!\n)"
 BY = r"^(ping|dhcp|(tcp|udp):[0-9]{1,5}|dns:[^\s\x00]{1,253})$(?!\n)"
 
@@ -41,6 +42,14 @@ Interface = Annotated[
 Mac = Annotated[str, Meta(pattern=MAC, description="a MAC address such as 52:54:00:12:34:56")]
 Lease = Annotated[
     str, Meta(pattern=LEASE, description='a lease time such as "30m", "1h", "7d" or "infinite"')
+]
+BootFile = Annotated[
+    str,
+    Meta(
+        pattern=BOOT_FILE,
+        description="a file to boot: a path below the directory of tftp, or a URL; at most 127 "
+        "letters, digits, `_`, `.`, `/`, `:`, `@`, `+`, `-`",
+    ),
 ]
 User = Annotated[str, Meta(pattern=USER, description="a user's name")]
 By = Annotated[
@@ -72,6 +81,7 @@ Ready = Annotated[
 ]
 Memory = Annotated[str, Meta(description='an amount of memory such as "256M" or "1G"')]
 Port = Annotated[int, Meta(ge=1, le=65535)]
+DISKLESS = ("tiny", "none")  # the values of a guest's image that are no file
 Mode = Literal["nat", "route", "open", "isolated", "bridge"]
 Bus = Literal["virtio", "scsi", "sata", "ide", "nvme", "usb"]
 Format = Literal["auto", "qcow2", "raw"]
@@ -99,6 +109,7 @@ class Dhcp(_Table, frozen=True):
 
     range: tuple[str, str] | None = None  # all addresses but the gateway's
     lease: Lease = "1h"
+    boot: BootFile | None = None  # what a guest gets that boots from the network
 
 
 class Network(_Table, frozen=True):
@@ -108,6 +119,7 @@ class Network(_Table, frozen=True):
     bridge: Interface | None = None  # virbr0 for `default`, else br-NAME
     address: str | None = None  # "auto" for every mode but bridge, which has none
     dhcp: Dhcp | bool | None = None  # on where there is an address, but for mode bridge
+    tftp: str | None = None  # a directory
     dns: bool = True
     domain: Name | None = None
     uplink: Interface | None = None
@@ -177,7 +189,7 @@ class Disk(_Table, frozen=True):
 class Guest(_Table, frozen=True):
     """`[guests.NAME]`: a QEMU virtual machine."""
 
-    image: str = "tiny"
+    image: str = "tiny"  # "none" where a kernel or the network is booted
     format: Format = "auto"
     backing: tuple[Layer, ...] = ()  # of the image
     bus: Bus = "virtio"  # of the image
@@ -186,6 +198,13 @@ class Guest(_Table, frozen=True):
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
     machine: Literal["q35", "pc", "microvm"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
+    firmware: Literal["bios", "uefi"] = "bios"
+    boot: Literal["disk", "network"] = "disk"
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str | None = None
+    user_data: str | None = None  # cloud-init's: a path, or the text itself
+    ssh_keys: tuple[str, ...] = ()  # public keys, or paths of files of them
     ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for NICs that come and go: 4 on q35
     vnc: bool | Annotated[int, Meta(ge=0, le=59635)] = False
     video: Literal["VGA", "virtio-vga"] | None = None

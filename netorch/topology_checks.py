@@ -14,6 +14,7 @@ from typing import TypeVar
 from netorch.errors import Finding, Key, dotted, quoted
 from netorch.model import Dhcp, Guest, HostNic, Network, Nic, Topology
 from netorch.names import bridge_name
+from netorch.topology_boot import boots
 from netorch.topology_clashes import clashes, overlaps
 from netorch.topology_disks import storage
 from netorch.topology_expect import expectations
@@ -73,8 +74,12 @@ class _Checks:
             self._room(name, network)
         for finding in (*overlaps(self.subnets), *clashes(self.topology), *order(self.topology)):
             self.say(*finding)
-        doubts = (*nics(self.topology), *storage(self.topology), *expectations(self.topology))
-        for path, message, hint, because in doubts:
+        for path, message, hint, because in (
+            *nics(self.topology),
+            *storage(self.topology),
+            *boots(self.topology),
+            *expectations(self.topology),
+        ):
             self.say(path, message, hint, *because)
         return self.findings
 
@@ -132,7 +137,7 @@ class _Checks:
             self.say(where, "netorch gives no services on a bridge of somebody else's", hint)
         if network.bridge is None:
             self.say(where, "needs the name of the bridge", 'bridge = "br0"')
-        for key in ("address", "dhcp", "domain", "uplink", "mac", "mtu", "stp"):
+        for key in ("address", "dhcp", "tftp", "domain", "uplink", "mac", "mtu", "stp"):
             if getattr(network, key) not in (None, False):
                 message = "can't be set: the bridge is somebody else's (external = true)"
                 self.say((*path, key), message, "leave it out", where)

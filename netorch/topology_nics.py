@@ -57,6 +57,10 @@ def _machine(path: Key, guest: Guest) -> Iterator[Doubt]:
     for key, absent in (("vnc", False), ("video", None)):
         if getattr(guest, key) is not absent:
             yield (*path, key), "a microvm has no screen", "netorch console shows it", machine
+    for key, usual in (("firmware", "bios"), ("boot", "disk"), ("user_data", None)):
+        if getattr(guest, key) != usual:
+            message = f"a microvm boots {quoted('tiny')} alone"
+            yield (*path, key), message, 'machine = "q35" boots anything', machine
     if len(guest.nics) > MICROVM_NICS:
         message = f"a microvm has room for {MICROVM_NICS} NICs, not for {len(guest.nics)}"
         yield (*path, "nics"), message, 'machine = "q35" has more', machine

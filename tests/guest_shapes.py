@@ -3,7 +3,7 @@
 import msgspec
 
 from netorch.model import Forward
-from netorch.resources import DiskLayer, Guest, GuestDisk, GuestNic
+from netorch.resources import DiskLayer, Guest, GuestBoot, GuestDisk, GuestNic
 
 QUEUES = 8
 
@@ -71,3 +71,22 @@ SHAPES = {
 
 # tests/qemu/labs/test_nic_table.py boots what these have.
 ELSEWHERE = ("other-models", "back-ends", "microvm")
+
+# Shapes of other boots, which need files of their own to run.
+BOOTS = {
+    "network": guest(image="none", nics=(nic(1), nic(2, "e1000")), boot=GuestBoot(nics=(1, 0))),
+    "network-then-disk": guest(
+        image="/images/base.img",
+        disks=(msgspec.structs.replace(image_disk("raw"), bootindex=2),),
+        vnc="3",
+        video="VGA",
+        boot=GuestBoot(nics=(0,)),
+    ),
+    "kernel-and-disk": guest(
+        image="/images/base.img",
+        disks=(image_disk("raw"),),
+        nics=(),
+        boot=GuestBoot(kernel="/boot/vmlinuz", initrd="/boot/initrd", cmdline="quiet", seed=True),
+    ),
+    "uefi": guest(nics=(), boot=GuestBoot(uefi=True)),
+}

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import msgspec
 
 from netorch.errors import ImageError, MissingError, NetorchError
-from netorch.guests import Descriptors, Kernel, argv, needs_network, vnc_socket
+from netorch.guests import Descriptors, argv, needs_network, vnc_socket
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import disk_checks
+from netorch.system import boots, disk_checks
 from netorch.system.accel import accelerator
 from netorch.system.back_ends import (
     missing_passt,
@@ -50,7 +50,7 @@ _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qe
 
 # What guests that start side by side may have open: 1024 descriptors are the usual limit.
 _DESCRIPTORS = 800
-_EACH = 5  # three sockets, the connection and the process itself
+_EACH = 10  # three sockets, the connection, the process, and all that a guest may boot
 
 _SEVERAL = "running more than once"
 
@@ -95,6 +95,7 @@ class Guests:
             reasons += missing_passt(guests)
         if any(guest.image == "tiny" for guest in guests):
             reasons += self._tiny_reasons()
+        reasons += [reason for guest in guests for reason in boots.reasons(guest)]
         return reasons + disk_checks.reasons(self._scope, guests)
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
@@ -201,32 +202,21 @@ class Guests:
         files = tuple(
             open_disk(self._scope, guest.name, disk, sets, opened) for disk in guest.disks
         )
-        kernel = self._kernel(guest, accel)
+        opening = boots.Opening(self._scope, guest, accel, opened, self._progress)
+        boot = opening.boot()
         fds = Descriptors(qmp_fd, serial_fd, agent_fd, nics, files)
         console = f"{relative}/serial.log"
-        words = argv(guest, program=qemu, accel=accel, kernel=kernel, fds=fds, log=console)
+        words = argv(guest, program=qemu, accel=accel, boot=boot, fds=fds, log=console)
         start = Start(
             guest,
             words,
             log=directory / "qemu.log",
-            pass_fds=fds.numbers(),
+            pass_fds=[*fds.numbers(), *opening.fds],
             capabilities=(),
             apart=not needs_network(guest),
             kept=directory,
         )
         return guest, Qmp(directory / "qmp.sock", guest.name), start
-
-    def _kernel(self, guest: Guest, accel: str) -> Kernel | None:
-        if guest.image != "tiny":
-            return None
-        tiny = tiny_image(self._progress)
-        kernel = tiny.vmlinuz if guest.video else tiny.kernel
-        words = tiny.cmdline
-        if guest.machine == "microvm" and accel == "tcg":
-            from netorch.system.tsc import tsc_khz
-
-            words += f" tsc_early_khz={tsc_khz()}"
-        return Kernel(kernel, tiny.initrd, words)
 
 
 def _await_greeting(started: _Started) -> None:

@@ -9,16 +9,17 @@ import msgspec
 import pytest
 
 from netorch import disk_devices
+from netorch.boot_devices import Firmware, Kernel
 from netorch.disk_devices import Source
-from netorch.guests import Descriptors, Kernel, argv, needs_network
+from netorch.guests import Boot, Descriptors, argv, needs_network
 from netorch.model import Bus, Model
 from netorch.nic_devices import MODELS, Ends, idle_queues, passt_options, wants_vhost
 from netorch.resources import DiskLayer, Guest, GuestDisk, GuestNic
 from netorch.topology_disks import CDROM_BUSES
-from tests.guest_shapes import FORWARD, SHAPES, back_end, disk, guest, nic
+from tests.guest_shapes import BOOTS, FORWARD, SHAPES, back_end, disk, guest, nic
 
 GOLDEN = Path(__file__).parent / "golden" / "guests"
-KERNEL = Kernel(Path("/cache/kernel"), Path("/cache/initrd"), "console=ttyS0 quiet")
+KERNEL = Kernel("/cache/kernel", "/cache/initrd", "console=ttyS0 quiet netorch.hostname=vm1")
 
 
 def render(shape: Guest, accel: str = "tcg") -> list[str]:
@@ -33,9 +34,15 @@ def render(shape: Guest, accel: str = "tcg") -> list[str]:
             for disk in shape.disks
         ),
     )
-    kernel = KERNEL if shape.image == "tiny" else None
+    boot = Boot(
+        kernel=KERNEL if shape.image == "tiny" or shape.boot.kernel else None,
+        firmware=Firmware(next(numbers), "raw", Path("/disks/vm1.q35.uefi-variables"), "raw")
+        if shape.boot.uefi
+        else None,
+        seed_fd=next(numbers) if shape.boot.seed else None,
+    )
     log = f"guests/{shape.name}/serial.log"
-    return argv(shape, program="/usr/bin/qemu", accel=accel, kernel=kernel, fds=fds, log=log)
+    return argv(shape, program="/usr/bin/qemu", accel=accel, boot=boot, fds=fds, log=log)
 
 
 def files_behind(disk: GuestDisk) -> int:
@@ -49,9 +56,9 @@ def ends(nic: GuestNic, numbers: Iterator[int], *, vhost: bool) -> Ends:
     return Ends(fds, [next(numbers) for _ in fds] if vhost else ())
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [*SHAPES, *BOOTS])
 def test_command_line(name: str, golden: Callable[[Path, str], None]) -> None:
-    words = render(SHAPES[name])
+    words = render((SHAPES | BOOTS)[name])
     text = "\n".join(words).replace("\n-", "\n\n-")
     golden(GOLDEN / f"{name}.txt", f"{text}\n")
 

@@ -43,14 +43,16 @@ LAYERS = (
         "guest_disks",
         "topology",
         "schema",
+        "boot_devices",
+        "cloud_init",
         "keys",
         "png",
     },
     {"topology_checks", "topology_clashes", "topology_disks", "topology_expect"}
-    | {"topology_nics", "topology_shape", "topology_order"}
+    | {"topology_shape", "topology_order", "topology_boot", "topology_files", "topology_nics"}
     | {"topology_values", "toml_lines"},
     {"state"},
-    {"resources", "guest_resources", "resource", "facts", "names"},
+    {"resources", "guest_resources", "boot_resources", "resource", "facts", "names"},
     {"model"},
     {"errors", "digests", "__init__"},
 )
@@ -67,8 +69,8 @@ MACHINE = {
     "subprocess",
     "time",
 }
-# topology reads the file that it is given, and makes paths absolute.
-ALLOWED = {("topology", "os")}
+# topology_files makes paths absolute.
+ALLOWED = {("topology_files", "os")}
 
 
 def modules() -> list[Path]:
