@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from netorch import __version__, guest_cli
+from netorch import __version__, guest_cli, save_cli
 from netorch.cli_options import FILE, JSON, LAB, PLACE, quiet_signals
 from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
 
@@ -253,7 +253,7 @@ def schema() -> None:
     report.json_out(of_file())
 
 
-for command in guest_cli.COMMANDS:
+for command in (*guest_cli.COMMANDS, *save_cli.COMMANDS):
     cli.add_command(command)
 
 

@@ -43,9 +43,18 @@ class Descriptors(msgspec.Struct, frozen=True):
 
 
 def argv(
-    guest: Guest, *, program: str, accel: str, boot: Kernel | Disk, fds: Descriptors, log: str
+    guest: Guest,
+    *,
+    program: str,
+    accel: str,
+    boot: Kernel | Disk,
+    fds: Descriptors,
+    log: str,
+    incoming: bool = False,
 ) -> list[str]:
-    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's."""
+    """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's.
+    `incoming`: the guest does not boot, its state will come by QMP (migrate-incoming).
+    """
     return [
         *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-S"),
@@ -72,6 +81,7 @@ def argv(
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
         ),
         *_screen(guest.vnc),
+        *(("-incoming", "defer") if incoming else ()),
     ]
 
 

@@ -23,7 +23,7 @@ from netorch.planner import Action, Plan, diff
 from netorch.resources import Resource, Ruleset
 from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, with_names
-from netorch.system import Adapter, System, confirmation, rundir
+from netorch.system import Adapter, System, confirmation, rundir, saved
 from netorch.system.confirmation import Pending, Watchdog
 from netorch.system.endings import Ending, endings
 from netorch.system.places import (
@@ -61,6 +61,7 @@ class Standing(msgspec.Struct, frozen=True):
     observed: State
     pending: Pending | None = None  # a confirmation
     endings: Mapping[str, Ending] = {}  # of guests that are missing
+    saved: Mapping[str, int] = {}  # guests that are missing, and when they were saved
 
     def rows(self) -> list[tuple[str, str, Resource]]:
         """(ok | missing | changed | stray, key, resource), in the order of the desired state."""
@@ -213,7 +214,8 @@ def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     if record is None:
         return Standing(lab, None, observed, waiting)
     desired = _desired(lab, topology_of(record), record.source)
-    return Standing(lab, desired, observed, waiting, endings(lab.scope))
+    kept = saved.states(lab.scope)
+    return Standing(lab, desired, observed, waiting, endings(lab.scope), kept)
 
 
 def intended(lab: Lab) -> tuple[Topology, State]:
@@ -274,6 +276,7 @@ def _apply_here(
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
+        saved.keep_only(lab.scope, topology.guests)
         readiness.all(plan)
 
     from netorch.system.memory import refuse_too_much

@@ -13,12 +13,13 @@ from netorch.expectations import Verdict
 from netorch.labs import Lab, Outcome, Standing, topology_of
 from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Guest, Resource
-from netorch.system import leases, rundir
+from netorch.system import leases, rundir, saved
 from netorch.system.confirmation import Pending
 from netorch.system.endings import Ending
 from netorch.system.places import Place
 
 if TYPE_CHECKING:
+    from netorch.system.disk_snapshots import Snapshot
     from netorch.system.hops import Hop
 
 SIGNS: dict[type[Action], tuple[str, str]] = {
@@ -158,6 +159,8 @@ def status_json(standing: Standing) -> dict[str, Any]:
             row["observed"] = msgspec.to_builtins(observed)
         if state == "missing" and (ending := _ending(standing, resource)):
             row["ended"] = msgspec.to_builtins(ending)
+        if state == "missing" and (at := _saved(standing, resource)):
+            row["saved"] = at
         rows.append(row)
     return {
         **lab_json(standing.lab),
@@ -211,6 +214,17 @@ def leases_table(held: Iterable[leases.Lease]) -> None:
         for lease in held
     ]
     table(("NETWORK", "NAME", "ADDRESS", "MAC", "EXPIRES"), rows)
+
+
+def snapshots_text(guest: str, there: "Sequence[Snapshot]") -> None:
+    if there:
+        table(("SNAPSHOT", "MADE"), [(one.name, saved.when(one.at)) for one in there])
+    else:
+        click.echo(f"guest {guest} has no snapshot")
+
+
+def snapshots_json(there: "Sequence[Snapshot]") -> list[dict[str, Any]]:
+    return [msgspec.to_builtins(one) for one in there]
 
 
 def hops_text(hops: "Sequence[Hop]") -> None:
@@ -293,6 +307,8 @@ def _detail(standing: Standing, state: str, resource: Resource) -> str:
         return (
             f"{resource.describe()}; it is not as applied: {', '.join(resource.changes(observed))}"
         )
+    if state == "missing" and (at := _saved(standing, resource)):
+        return f"{resource.describe()}: saved on {saved.when(at)}"
     if state == "missing" and (ending := _ending(standing, resource)):
         return f"{resource.describe()}: {ending.describe()}"
     return resource.describe()
@@ -300,6 +316,10 @@ def _detail(standing: Standing, state: str, resource: Resource) -> str:
 
 def _ending(standing: Standing, resource: Resource) -> Ending | None:
     return standing.endings.get(resource.name) if isinstance(resource, Guest) else None
+
+
+def _saved(standing: Standing, resource: Resource) -> int | None:
+    return standing.saved.get(resource.name) if isinstance(resource, Guest) else None
 
 
 def _where(place: Place) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from netorch.errors import ImageError, MissingError
 from netorch.planner import Update
 from netorch.resources import Guest, Overlay, Resource
+from netorch.system import saved
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, program, start
 
@@ -116,6 +117,7 @@ class Overlays:
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         for overlay in unwanted:
             assert isinstance(overlay, Overlay)
+            saved.drop(self._scope, overlay.guest)  # it is nothing without this disk
             path = overlay_path(self._scope, overlay.guest)
             path.unlink(missing_ok=True)
             _unfinished(path).unlink(missing_ok=True)

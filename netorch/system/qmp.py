@@ -2,12 +2,13 @@
 
 A client of our own and not qemu.qmp: that is built on asyncio, and importing it takes 35 ms on top
 of json and socket (10 ms), in every command that looks at a guest, where QEMU itself takes 17 ms
-from exec to greeting. What netorch asks for is a handful of commands without events, in order, and
-that is the length of `_Lines`.
+from exec to greeting. What netorch asks for is a handful of commands, in order, and some events,
+and that is the length of `_Lines`.
 
 QMP (docs/interop/qmp-spec.txt): a greeting, then `qmp_capabilities`, then commands; events may
-stand between. A QMP server serves one client at a time; the next one waits in its backlog until the
-first has left.
+stand between, and those that come before an answer are kept for `event`. Descriptors go along with
+a command (SCM_RIGHTS), and `getfd` names them. A QMP server serves one client at a time; the next
+one waits in its backlog until the first has left.
 
 Guest agent (docs/interop/qemu-ga-ref): no greeting. The port may still hold what an earlier client
 left, so a session starts with 0xFF (which resets the agent's parser) and guest-sync-delimited,
@@ -19,7 +20,7 @@ import base64
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -89,6 +90,7 @@ class _Lines:
         self._socket = client
         self._lines = client.makefile("rb")
         self._name = name
+        self._events: list[Any] = []
 
     def __enter__(self) -> Self:
         return self
@@ -105,10 +107,17 @@ class _Lines:
         self._lines.close()
         self._socket.close()
 
-    def send(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
+    def send(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        fds: Sequence[int] = (),
+    ) -> None:
         message = {"execute": command, **({"arguments": arguments} if arguments else {})}
+        data = json.dumps(message).encode() + b"\n"
         try:
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
+            sent = socket.send_fds(self._socket, [data], fds) if fds else 0
+            self._socket.sendall(data[sent:])
         except OSError as error:
             raise QmpError(f"failed to ask {self._name}: {error}") from error
 
@@ -130,6 +139,8 @@ class _Lines:
             if "error" in message:
                 reason = message["error"]["desc"]
                 raise QmpError(f"failed to {command} in {self._name}: {reason}")
+            if "event" in message:
+                self._events.append(message)
 
 
 class Qmp(_Lines):
@@ -148,9 +159,25 @@ class Qmp(_Lines):
         """Wait for the greeting and the end of the negotiation."""
         self.answer("qmp_capabilities")
 
-    def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        self.send(command, arguments)
+    def ask(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        fds: Sequence[int] = (),
+    ) -> Any:
+        self.send(command, arguments, fds)
         return self.answer(command)
+
+    def wait_event(self, satisfied: Callable[[Any], bool]) -> Any:
+        """Wait for an event that satisfies, for as long as QEMU lives; the event."""
+        self._socket.settimeout(None)
+        while True:
+            for event in self._events:
+                if satisfied(event):
+                    self._events.remove(event)
+                    self._socket.settimeout(SECONDS)
+                    return event
+            self._events.append(json.loads(self.line()))
 
 
 class Agent(_Lines):
