@@ -236,7 +236,7 @@ def intended(lab: Lab) -> tuple[Topology, State]:
 def teardown(lab: Lab, progress: Progress) -> list[str]:
     """Take the lab away by its marks alone. Returns what could not be deleted, in words."""
     from netorch.system.netns_directory import remove_directory
-    from netorch.system.processes import end, marked
+    from netorch.system.processes import end_all
 
     with rundir.locked(lab.run):
         confirmation.call_off(lab.name, lab.run)
@@ -246,7 +246,7 @@ def teardown(lab: Lab, progress: Progress) -> list[str]:
             errors: list[str] = []
         else:
             errors = engine.teardown(machine(lab.scope), progress)
-            end(lab.scope, marked(lab.scope))  # what `exec` left running, or another version
+            end_all(lab.scope)  # what `exec` left running, or another version
             remove_directory(lab.scope.namespaces)
         if not errors:
             rundir.remove(lab.scope)

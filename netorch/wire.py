@@ -108,7 +108,8 @@ def send(channel: socket.socket, message: Request | Reply, fds: tuple[int, ...] 
     text = msgspec.json.encode(message)
     data = _LENGTH.pack(len(text)) + text
     sent = socket.send_fds(channel, [data], list(fds)) if fds else channel.send(data)
-    channel.sendall(data[sent:])
+    if sent < len(data):  # an empty rest would be sent too: to who has read all and may be gone
+        channel.sendall(data[sent:])
 
 
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from netorch.system.scope import disks_base, run_base
 
 # Every process that a test session starts inherits it: those of other sessions on the same
-# machine are not this one's to judge.
+# machine are not this one's to judge. The value is SESSION, or SESSION-WORKER in a worker of
+# pytest-xdist.
 TAG = "TESTS_OF_NETORCH"
 
 
@@ -94,14 +95,14 @@ def _mounts() -> Iterator[str]:
 
 
 def _processes() -> Iterator[str]:
-    session = f"{TAG}={os.environ.get(TAG)}".encode()
+    mine = f"{TAG}={os.environ.get(TAG)}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             environment = path.read_bytes().split(b"\0")
             name = (path.parent / "comm").read_text().strip()
         except OSError:  # another user's, or gone meanwhile
             continue
-        if session in environment:
+        if any(text == mine or text.startswith(mine + b"-") for text in environment):
             yield f"{path.parent.name} {name}"
 
 

@@ -214,15 +214,14 @@ def _open(scope: Scope, host: str) -> int:
 def _end_processes(scope: Scope, inodes: set[int]) -> None:
     """End the lab's processes in these network namespaces: commands that were run there."""
 
-    def is_inside(pid: int) -> bool:
+    def is_inside(process: processes.Marked) -> bool:
         try:
-            return os.stat(f"/proc/{pid}/ns/net").st_ino in inodes
+            return os.stat(f"/proc/{process.pid}/ns/net").st_ino in inodes
         except OSError:
             return False  # it has ended
 
     if inodes:
-        inside = [process for process in processes.marked(scope) if is_inside(process.pid)]
-        processes.end(scope, inside, _GRACE)
+        processes.end_all(scope, is_inside, _GRACE)
 
 
 def _own_resolv_conf(scope: Scope, nameservers: Sequence[str], search: str) -> None:

@@ -218,9 +218,8 @@ def _members(init: int) -> dict[int, int]:
         with suppress(OSError):  # it may end while we read
             if not name.isdecimal() or len(pids := _nspid(name)) <= len(own):
                 continue
-            here[pids[0]] = pids[len(own) - 1]
-            parents[pids[0]] = _status(name, "PPid")[0]
-            homes[pids[0]] = _pid_namespace(name)
+            parent, home = _status(name, "PPid")[0], _pid_namespace(name)
+            here[pids[0]], parents[pids[0]], homes[pids[0]] = pids[len(own) - 1], parent, home
     found = {pid for pid in parents if homes[pid] == homes.get(init)}
     # A child of a member is one too: pasta can't be asked, and is in a PID namespace of its own.
     while more := {pid for pid in parents if parents[pid] in found} - found:

@@ -16,7 +16,7 @@ import logging
 import os
 import select
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -79,6 +79,16 @@ def end(scope: Scope, processes: Sequence[Marked], grace: float = 5.0) -> None:
         finally:
             for fd in pidfds:
                 os.close(fd)
+
+
+def end_all(
+    scope: Scope, belongs: Callable[[Marked], bool] = lambda _: True, grace: float = 5.0
+) -> None:
+    """End all processes of the lab that belong, and those that they start meanwhile: a child that
+    is forked after the look at /proc has nobody else who ends it.
+    """
+    while found := [process for process in marked(scope) if belongs(process)]:
+        end(scope, found, grace)
 
 
 def _look(scope: Scope, pid: int) -> Marked | None:

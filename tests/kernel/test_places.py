@@ -192,6 +192,30 @@ def test_a_process_that_entered_destroys_the_place_and_its_own_children() -> Non
 
 
 @on_a_machine
+def test_a_process_that_ends_while_destroy_looks_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = make()
+
+    def body() -> None:
+        places.enter(place)
+        child = os.posix_spawn("/bin/sleep", ["sleep", "100"], {})
+        look = places._pid_namespace
+
+        def ended(pid: str) -> int:
+            if pid == str(child):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            return look(pid)
+
+        monkeypatch.setattr(places, "_pid_namespace", ended)
+        places.destroy(place)
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+    assert run_forked(body) == ""
+    assert left_over() == []
+
+
+@on_a_machine
 def test_orphans_and_sigterm_are_handled_by_pid_1() -> None:
     place = make()
 

@@ -12,7 +12,7 @@ import pytest
 from netorch.errors import KernelError
 from netorch.resources import DhcpClient
 from netorch.system.capabilities import NET_ADMIN, NET_RAW
-from netorch.system.processes import end, leaders, marked
+from netorch.system.processes import end, end_all, leaders, marked
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, start
 from tests.isolation import make_host
@@ -86,6 +86,15 @@ def test_a_child_with_the_same_marks_is_no_second_process(scope: Callable[..., S
     assert len(found) == 2
     assert [process.pid for process in leaders(found)[CLIENT.key]] == [child.pid]
     end(lab, found)
+
+
+def test_what_a_process_starts_while_it_is_ended_ends_too(scope: Callable[..., Scope]) -> None:
+    lab = scope()
+    child = shell(lab, "trap 'sleep 100 & exit' TERM; echo ready; sleep 100")
+    while "ready" not in child.output():
+        os.sched_yield()
+    end_all(lab)
+    assert marked(lab) == []
 
 
 def test_only_the_granted_capabilities_are_left(scope: Callable[..., Scope]) -> None:

@@ -50,23 +50,30 @@ def test_a_guest_on_a_bridge_that_the_administrator_allows() -> None:
     assert "`allow br0` in /etc/qemu/bridge.conf" in refused.stderr
     assert netorch("ls").stdout == "no lab is running here\n"
     Path("/etc/qemu/bridge.conf").write_text("allow br0\n")
-    learned = subprocess.Popen(["bridge", "monitor", "fdb"], stdout=subprocess.PIPE, text=True)
-    applied = netorch("apply", "/run/lab.toml")
-    assert applied.returncode == 0, applied.stderr
-    assert "in this network namespace" in applied.stdout
-    assert len(ports()) == 1
-    assert netorch("status").returncode == 0
-    assert "nothing to do" in netorch("apply", "/run/lab.toml").stdout
-    assert learned.stdout is not None
-    line = ""
-    while MAC not in line:  # the guest asks for an address: its packets come through
-        assert select.select([learned.stdout], [], [], 60)[0], "the bridge has not heard of it"
-        line = learned.stdout.readline()
-    learned.kill()
-    learned.communicate()
-    gone = netorch("teardown")
+    # Unbuffered: of two lines that come at once, select would not tell of the second.
+    monitor = subprocess.Popen(["bridge", "monitor", "fdb"], stdout=subprocess.PIPE, bufsize=0)
+    try:
+        applied = netorch("apply", "/run/lab.toml")
+        assert applied.returncode == 0, applied.stderr
+        assert "in this network namespace" in applied.stdout
+        assert len(ports()) == 1
+        assert netorch("status").returncode == 0
+        assert "nothing to do" in netorch("apply", "/run/lab.toml").stdout
+        await_learning(monitor)  # the guest asks for an address: its packets come through
+    finally:
+        monitor.kill()
+        monitor.communicate()
+        gone = netorch("teardown")
     assert gone.returncode == 0, gone.stderr
     assert ports() == before
+
+
+def await_learning(monitor: subprocess.Popen[bytes]) -> None:
+    assert monitor.stdout is not None
+    line = b""
+    while MAC.encode() not in line:
+        assert select.select([monitor.stdout], [], [], 60)[0], "the bridge has not heard of it"
+        line = monitor.stdout.readline()
 
 
 def ports() -> list[str]:
