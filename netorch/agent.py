@@ -119,7 +119,13 @@ class Agent:
             case wire.Apply():
                 self._services.clear()
                 with rundir.locked(self.lab.run):
-                    plan = labs.apply_inside(self.lab, request.topology, request.source, Progress())
+                    plan = labs.apply_inside(
+                        self.lab,
+                        request.topology,
+                        request.source,
+                        Progress(),
+                        restart=request.restart,
+                    )
                 cables.await_all(self.lab.scope)
                 self.topology = request.topology
                 return plan.describe(), ()

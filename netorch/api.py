@@ -20,7 +20,7 @@ from netorch import starter, wire
 from netorch.addresses import Macs
 from netorch.capture import Capture
 from netorch.commands import Completed, Process, Stream, checked, run
-from netorch.errors import CommandError, NetorchError, UsageError
+from netorch.errors import ApplyError, CommandError, ConflictError, NetorchError, UsageError
 from netorch.model import Topology
 from netorch.names import bridge_name, tap_name
 from netorch.system.scope import Scope, disks_base
@@ -157,10 +157,20 @@ class Lab:
         """Capture on a network's bridge, or on a NIC of a host or guest: `with` begins it."""
         return Capture(self.connection, *self._interface(where, nic), path)
 
-    def apply(self, topology: Text) -> list[str]:
-        """Change the running lab to match; what was done, a line each."""
-        self.topology, self.source = _read(topology, self._base)
-        done, _ = self.connection.ask(wire.Apply(topology=self.topology, source=self.source))
+    def apply(self, topology: Text, *, restart: bool = False) -> list[str]:
+        """Change the running lab to match; what was done, a line each.
+
+        Raises ConflictError before the first change if a guest has to restart and may not.
+        """
+        wanted, source = _read(topology, self._base)
+        request = wire.Apply(topology=wanted, source=source, restart=restart)
+        previous = self.topology, self.source
+        self.topology, self.source = wanted, source
+        try:
+            done, _ = self.connection.ask(request)
+        except (ApplyError, ConflictError):
+            self.topology, self.source = previous
+            raise
         return list(done)
 
     def status(self) -> list[Row]:
@@ -310,17 +320,16 @@ class Guest(_Node):
         timeout: float | None = None,
         text: bool = True,
     ) -> Completed:
-        """Run a command by the guest's agent; as Host.run.
-
-        After `timeout` the command goes on: the guest agent can't end it.
-        """
-        from netorch.system.qmp import agent_exec
+        """Run a command by the guest's agent; as Host.run."""
+        from netorch.system.qmp import CUT, CUT_HINT, agent_exec
 
         data = input.encode() if isinstance(input, str) else input or b""
         done = agent_exec(self.lab.scope, self.name, argv, data, timeout)
         out, err = (t.decode(errors="replace") if text else t for t in (done.out, done.err))
         if done.code is None:
-            raise CommandError(f"`{argv[0]}` still runs after {timeout} s", None, out, err)
+            raise CommandError(f"`{argv[0]}` was ended after {timeout} s", None, out, err)
+        if done.cut:
+            raise NetorchError(CUT, CUT_HINT)
         return checked(Completed(list(argv), done.code, out, err), self.name, check)
 
     def console_log(self) -> str:
@@ -332,11 +341,13 @@ class Guest(_Node):
 
     def set_carrier(self, index: int, up: bool) -> None:
         """Have QEMU show a NIC with or without a cable."""
+        from netorch.nic_devices import netdev_id
         from netorch.system.qmp import Qmp
 
+        mac = Macs(self.lab.topology).of_nic(self.name, index, self._nics[index].mac)
         with Qmp(self._directory / "qmp.sock", self.name) as qmp:
             qmp.ready()
-            qmp.ask("set_link", {"name": f"net{index}", "up": up})
+            qmp.ask("set_link", {"name": netdev_id(mac), "up": up})
 
     @property
     def _directory(self) -> Path:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from netorch import __version__, guest_cli, save_cli
+from netorch import __version__, cli_access, guest_cli, save_cli
 from netorch.cli_options import FILE, JSON, LAB, PLACE, quiet_signals
 from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
 
@@ -43,14 +43,17 @@ def cli() -> None:
     metavar="SECONDS",
     help="Put everything back after SECONDS unless `netorch confirm` comes first.",
 )
-def apply(file: Path, place: str, and_verify: bool, as_json: bool, confirm: float | None) -> None:
+@click.option("--restart", is_flag=True, help="Restart guests where a change needs it.")
+def apply(
+    file: Path, place: str, and_verify: bool, as_json: bool, confirm: float | None, restart: bool
+) -> None:
     """Bring up the lab that FILE describes, or change the running one to match."""
     from netorch import labs, report
 
     topology = _load(file)
     progress = report.Printer(sys.stderr, quiet_signals)
     source = str(file.resolve())
-    outcome = labs.apply(topology, source, place, progress, confirm)  # type: ignore[arg-type]
+    outcome = labs.apply(topology, source, place, progress, confirm, restart)  # type: ignore[arg-type]
     made = report.plan_json(outcome)
     if not as_json:
         report.up(outcome, progress, confirm)
@@ -197,21 +200,50 @@ def leases(lab: str | None, as_json: bool) -> None:
         report.leases_text(found)
 
 
+@cli.command()
+@click.argument("tap", metavar="[TAP|PID]", required=False)
+@JSON
+def taps(tap: str | None, as_json: bool) -> None:
+    """Show who has which tap open, netorch's or anybody's: all, those of one name, or those of one
+    process.
+    """
+    from netorch import tap_report
+    from netorch.tap_queues import find
+
+    found = find()
+    rows = tap_report.chosen(found, tap)
+    if as_json:
+        tap_report.json_out(rows)
+    else:
+        tap_report.text(rows)
+    for line in tap_report.unseen(found, rows, os.geteuid() == 0):
+        click.echo(line, err=True)
+
+
 @cli.command(name="exec", context_settings={"ignore_unknown_options": True})
 @click.option("--lab", help="The lab, where more than one runs.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="End the command after SECONDS, with exit status 124.",
+)
 @click.argument("node")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def exec_(lab: str | None, node: str, command: tuple[str, ...]) -> None:
+def exec_(lab: str | None, timeout: float | None, node: str, command: tuple[str, ...]) -> None:
     """Run a command in a host, or through the guest agent in a guest: `netorch exec vm1 -- ip
     addr`.
     """
     from netorch import nodes
 
     try:
-        status = nodes.run(nodes.find(lab, node), command)
+        status = nodes.run(nodes.find(lab, node), command, timeout)
     except MissingError as error:
         _complain(error)
         status = 127  # as shells have it for a command that is not there
+    except nodes.TimedOut as error:
+        _complain(error)
+        status = 124  # as timeout(1) has it
     sys.exit(status)
 
 
@@ -253,7 +285,7 @@ def schema() -> None:
     report.json_out(of_file())
 
 
-for command in (*guest_cli.COMMANDS, *save_cli.COMMANDS):
+for command in (*guest_cli.COMMANDS, *save_cli.COMMANDS, *cli_access.COMMANDS):
     cli.add_command(command)
 
 

@@ -12,8 +12,9 @@ import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
+from netorch.guest_disks import disks_of, storage_of
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
-from netorch.names import bridge_name, tap_name, tap_names, veth_name
+from netorch.names import bridge_name, tap_id, tap_name, tap_names, veth_name
 from netorch.networks import (
     Reservation,
     Segment,
@@ -30,7 +31,6 @@ from netorch.resources import (
     Forwarding,
     GuestNic,
     Namespace,
-    Overlay,
     Record,
     Resource,
     Tap,
@@ -96,8 +96,7 @@ class _Compiler:
             if segment.gateway and (segment.dhcp_first or segment.dns):
                 yield self._dnsmasq(segment)
         for name, guest in self.topology.guests.items():
-            if guest.image != "tiny":
-                yield Overlay(guest=name, image=guest.image, format=self._format(guest))
+            yield from storage_of(name, guest, disks_of(guest, self.facts.formats))
             yield self._guest(name, guest)
 
     def _bridge(self, name: str, segment: Segment) -> Bridge:
@@ -243,7 +242,12 @@ class _Compiler:
                 continue
             mac = self.macs.of_nic(name, index, nic.mac)
             yield self._tap(
-                f"{name}:{index}", tap_name(name, index, nic), nic.network, nic.queues, 0, mac
+                f"{name}:{tap_id(index, nic)}",
+                tap_name(name, index, nic),
+                nic.network,
+                nic.queues,
+                0,
+                mac,
             )
 
     def _tap(
@@ -285,37 +289,45 @@ class _Compiler:
                 yield DhcpClient(host=name, device=f"eth{index}")
 
     def _guest(self, name: str, guest: Guest) -> RunningGuest:
-        served = {n: None for nic in guest.nics if self.segments[n := nic.network].dhcp_first}
         return RunningGuest(
             name=name,
             image=guest.image,
-            format=self._format(guest),
             machine=guest.machine,
             accel=guest.accel,
             memory=memory_mib(guest.memory),
             cpus=guest.cpus,
             nics=tuple(
                 GuestNic(
+                    id=tap_id(index, nic),
                     mac=self.macs.of_nic(name, index, nic.mac),
                     model=nic.model,
                     tap="" if self.facts.helper else tap_name(name, index, nic),
                     queues=nic.queues,
                     bridge=self.bridges[nic.network] if self.facts.helper else "",
+                    network=nic.network,
+                    served=bool(self.segments[nic.network].dhcp_first),
+                    link=nic.link,
                 )
                 for index, nic in enumerate(guest.nics)
             ),
-            networks=tuple(served),
-            vnc=-1 if guest.vnc is None else guest.vnc,
+            disks=disks_of(guest, self.facts.formats),
+            vnc=_display(guest),
+            video=guest.video or ("" if guest.vnc is False else "VGA"),
+            ports=_ports(guest),
         )
 
-    def _format(self, guest: Guest) -> str:
-        if guest.image == "tiny":
-            return ""
-        return (
-            self.facts.formats.get(guest.image, guest.format)
-            if guest.format == "auto"
-            else guest.format
-        )
+
+def _display(guest: Guest) -> str:
+    if isinstance(guest.vnc, bool):
+        return "socket" if guest.vnc else ""
+    return str(guest.vnc)
+
+
+def _ports(guest: Guest) -> int:
+    """Each costs a start some hundredths of a second; a `pc` has hot-plug without any."""
+    if guest.machine != "q35":
+        return 0
+    return 4 if guest.ports is None else guest.ports
 
 
 def _gateway_of(nic: HostNic, segment: Segment) -> str:

@@ -1,45 +1,118 @@
 """QEMU's two halves of a guest's disk, as the objects that QEMU takes: pure rendering.
 
-`blockdevs` are the back-end's nodes, each before what names it, and `device` is the front-end. The
-command line (-blockdev, -device) and QMP (blockdev-add, device_add) take the same objects. Formats
-are always given: a guest may write any header into raw data.
+`blockdevs` are the back-end's nodes, each before what names it, `controllers` what disks hang on,
+and `device` is the front-end. The command line (-blockdev, -device) and QMP (blockdev-add,
+device_add) take the same objects, so a disk that is added to a running guest is the one that a
+start would have made. Node and device have the id `disk-<name>`.
+
+QEMU opens no file by its path, only descriptors that netorch has opened: sets of one descriptor
+each (-add-fd, add-fd), which the nodes name. Formats are always given and never probed, and a node
+has the backing file that netorch says and not the one in the image's header: a guest may write any
+header into raw data, and with it the name of any file.
 """
 
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-# The set of descriptors through which QEMU opens the base image (docs: -add-fd).
-BASE_SET = 1
+from netorch.resources import GuestDisk
+
+# The front-ends by bus, those of hard disks and of CD-ROM drives.
+FRONT_ENDS: dict[str, dict[str, object]] = {
+    "virtio": {"driver": "virtio-blk-pci"},
+    "scsi": {"driver": "scsi-hd", "bus": "scsi.0"},
+    "sata": {"driver": "ide-hd"},
+    "ide": {"driver": "ide-hd"},
+    "nvme": {"driver": "nvme"},
+    "usb": {"driver": "usb-storage", "bus": "usb.0"},
+}
+CDROMS: dict[str, dict[str, object]] = {
+    "scsi": {"driver": "scsi-cd", "bus": "scsi.0"},
+    "sata": {"driver": "ide-cd"},
+    "ide": {"driver": "ide-cd"},
+}
+_CONTROLLERS: dict[str, dict[str, object]] = {
+    "scsi": {"driver": "virtio-scsi-pci", "id": "scsi"},
+    "sata": {"driver": "ahci", "id": "sata"},
+    "usb": {"driver": "qemu-xhci", "id": "usb", "p2": 15, "p3": 15},
+}
 
 
-class Disk(msgspec.Struct, frozen=True):
-    """A guest that boots from a qcow2 overlay; `base_fd` is the base image, open for reading."""
+class Source(msgspec.Struct, frozen=True):
+    """An opened file or block device: the descriptor `fd`, which QEMU gets as the set `set`."""
 
-    overlay: Path
-    base_fd: int
-    base_format: str
+    fd: int
+    set: int
+    block_device: bool = False
 
 
-def blockdevs(boot: Disk) -> list[dict[str, object]]:
-    """The base image and the overlay over it."""
-    base: dict[str, object] = {
-        "driver": boot.base_format,
-        "node-name": "base",
-        "read-only": True,
-        "file": {"driver": "file", "filename": f"/dev/fdset/{BASE_SET}", "read-only": True},
+def writes(disk: GuestDisk, layer: int) -> bool:
+    """Is this one of the disk's files (counted from the lab's own, if it has one) written to?"""
+    return layer == 0 and disk.use != "read"
+
+
+def blockdevs(disk: GuestDisk, sources: Sequence[Source]) -> list[dict[str, object]]:
+    """The nodes of the disk, the deepest layer first. `sources` are its files, the top one first:
+    the lab's own, if there is one, then its `layers`.
+    """
+    formats = [layer.format for layer in disk.layers]
+    if disk.use in ("overlay", "volume"):
+        formats.insert(0, "qcow2")
+    nodes: list[dict[str, object]] = []
+    below: str | None = None
+    for index in reversed(range(len(formats))):
+        name = f"disk-{disk.name}" + (f"-{index}" if index else "")
+        nodes.append(_node(name, formats[index], sources[index], writes(disk, index), below))
+        below = name
+    return nodes
+
+
+def _node(
+    name: str, format: str, source: Source, written: bool, below: str | None
+) -> dict[str, object]:
+    file: dict[str, object] = {
+        "driver": "host_device" if source.block_device else "file",
+        "filename": f"/dev/fdset/{source.set}",
+        "locking": "on",
     }
-    if boot.base_format == "qcow2":
-        base["backing"] = None  # an image that names another file does not get it opened
-    overlay: dict[str, object] = {
-        "driver": "qcow2",
-        "node-name": "disk",
-        "file": {"driver": "file", "filename": str(boot.overlay), "locking": "on"},
-        "backing": "base",
-        "discard": "unmap",
-    }
-    return [base, overlay]
+    node: dict[str, object] = {"driver": format, "node-name": name}
+    if written:
+        file["discard"] = node["discard"] = "unmap"
+    else:
+        file["read-only"] = node["read-only"] = True
+    if format == "qcow2":
+        node["backing"] = below
+    return {**node, "file": file}
 
 
-def device() -> dict[str, object]:
-    return {"driver": "virtio-blk-pci", "drive": "disk", "bootindex": 1}
+def controllers(disks: Iterable[GuestDisk]) -> list[dict[str, object]]:
+    """What these disks hang on, each once."""
+    return [_CONTROLLERS[bus] for bus in dict.fromkeys(d.bus for d in disks) if bus in _CONTROLLERS]
+
+
+def device(disk: GuestDisk) -> dict[str, object]:
+    """The front-end."""
+    name = f"disk-{disk.name}"
+    front_end = {**(CDROMS if disk.cdrom else FRONT_ENDS)[disk.bus], "id": name, "drive": name}
+    if disk.bus == "sata":
+        front_end["bus"] = f"sata.{disk.unit}"
+    if disk.bus == "ide":
+        front_end |= {"bus": f"ide.{disk.unit // 2}", "unit": disk.unit % 2}
+    front_end["serial"] = disk.serial
+    if disk.bootindex:
+        front_end["bootindex"] = disk.bootindex
+    return front_end
+
+
+def options(
+    disks: Sequence[GuestDisk], sources: Sequence[Sequence[Source]]
+) -> Iterator[tuple[str, str | dict[str, object]]]:
+    """The words of the command line; a word that is an object is JSON there."""
+    for controller in controllers(disks):
+        yield "-device", controller
+    for disk, files in zip(disks, sources, strict=True):
+        for source in files:
+            yield "-add-fd", f"fd={source.fd},set={source.set}"
+        for node in blockdevs(disk, files):
+            yield "-blockdev", node
+        yield "-device", device(disk)

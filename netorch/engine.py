@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol
 
 from netorch.errors import ApplyError, ConflictError, NetorchError, ReadyError
-from netorch.planner import Action, Create, Plan, diff
+from netorch.planner import Action, Create, Plan, Update, diff
 from netorch.resources import Resource
 from netorch.state import EMPTY, State
 
@@ -96,18 +96,22 @@ def apply(
     ready: Callable[[Plan], object] = lambda plan: None,
     before: Callable[[Sequence[Action], Plan], object] = lambda step, plan: None,
     observed: State | None = None,
+    restart: bool = True,
 ) -> Plan:
     """Bring the machine to `desired`; return the plan that did it, empty if nothing had to be done.
 
     `ready` waits for what has to come to life by itself, and `before` for what a step has to come
     after; a ReadyError leaves the machine as it is then, but an interruption takes back what was
-    done. `observed` is what is known to be there, if it is known. Raises ConflictError before the
-    first change, ApplyError after the rollback.
+    done. `observed` is what is known to be there, if it is known. Without `restart`, a plan that
+    restarts a guest is refused. Raises ConflictError before the first change, ApplyError after the
+    rollback.
     """
     observed = machine.observe() if observed is None else observed
     plan = diff(desired, observed)
     progress.planned(plan)
     if plan:
+        if not restart:
+            refuse_restarts(plan)
         check(machine, plan)
         with Undo(machine, observed, progress):
             for step in plan.steps:
@@ -128,9 +132,21 @@ def apply(
     return plan
 
 
+def refuse_restarts(plan: Plan) -> None:
+    """Raise ConflictError if the plan restarts guests; it names each, and why."""
+    if restarts := plan.restarts:
+        lines = [f"{key.replace(':', ' ')} has to restart: {why}" for key, why in restarts.items()]
+        raise ConflictError("\n".join(lines), "to let that happen: netorch apply --restart FILE")
+
+
 def check(machine: Machine, plan: Plan) -> None:
     """Raise ConflictError with every reason why the plan can't be carried out."""
-    reasons = machine.check([action.new for action in plan if isinstance(action, Create)])
+    reasons = [
+        reason
+        for action in plan
+        if isinstance(action, Update) and (reason := action.old.refuses(action.new))
+    ]
+    reasons += machine.check([action.new for action in plan if isinstance(action, Create)])
     if reasons:
         raise ConflictError("\n".join(reasons))
 

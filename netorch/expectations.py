@@ -114,8 +114,8 @@ def ports(state: State) -> Iterator[Port]:
             device=veth.device,
         )
     for guest in state.of(Guest):
-        for index, nic in enumerate(guest.nics):
-            tap = state.get(f"tap:{guest.name}:{index}")
+        for nic in guest.nics:
+            tap = state.get(guest.tap_key(nic))
             assert isinstance(tap, Tap), "the compiler makes one for every NIC"
             leased = reserved.get(nic.mac, "")
             yield Port(

@@ -1,58 +1,149 @@
 """The resources of guests: a QEMU, its NICs and its disks. See `netorch.resources`."""
 
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import msgspec
 
 from netorch.resource import Resource
 
+# The states of a QEMU that somebody may be at work in (qapi/run-state.json). In any other one the
+# guest has ended or crashed, was never let run, or can't be asked.
+_IN_USE = frozenset({"running", "paused", "suspended", "io-error", "debug", "postmigrate"})
+
 
 class Overlay(Resource, frozen=True):
-    """The disk of a guest with an image: a qcow2 file over it. `format` is the image's."""
+    """A qcow2 file that takes what a guest writes to one of its disks. All else is read from
+    `image`, whose format is `format`.
+    """
 
     guest: str
+    disk: str
     image: str
     format: str
 
     @property
     def key(self) -> str:
-        return f"overlay:{self.guest}"
+        return f"overlay:{self.guest}:{self.disk}"
 
     def describe(self) -> str:
-        return f"disk of {self.guest} over {self.image}"
+        return f"disk {self.disk} of {self.guest} over {self.image}"
+
+
+class Volume(Resource, frozen=True):
+    """A disk of a guest that was empty when it was made: a sparse qcow2 file. `size` is in bytes.
+
+    It grows, also under a running guest; it never shrinks.
+    """
+
+    live: ClassVar[frozenset[str]] = frozenset({"size"})
+    guest: str
+    disk: str
+    size: int
+
+    @property
+    def key(self) -> str:
+        return f"volume:{self.guest}:{self.disk}"
+
+    def refuses(self, new: Resource) -> str:
+        if isinstance(new, Volume) and new.size < self.size:
+            return (
+                f"disk {self.disk} of guest {self.guest} has {spoken(self.size)} and can't shrink "
+                f"to {spoken(new.size)}: leave its size, or give the smaller one another name"
+            )
+        return ""
+
+    def describe(self) -> str:
+        return f"disk {self.disk} of {self.guest}, {spoken(self.size)}"
+
+
+class DiskLayer(msgspec.Struct, frozen=True):
+    """A file or block device of the person's, and the format of what is in it."""
+
+    file: str
+    format: str
+
+
+class GuestDisk(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest's disk: the device that it sees, and the data behind it.
+
+    `use` says who takes the writes: an `overlay` or a `volume` (the lab's own file, a resource), or
+    with `write` the first of `layers`; with `read` nobody. Each of `layers` lies over the next.
+    `unit` is the place on a bus where places count (ide, sata); `bootindex` 0 is none.
+    """
+
+    name: str
+    bus: str
+    serial: str
+    use: str
+    layers: tuple[DiskLayer, ...] = ()
+    cdrom: bool = False
+    unit: int = 0
+    bootindex: int = 0
 
 
 class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
     """A guest's NIC: the device that it sees (`model`, `mac`) and the tap behind it.
 
-    `tap` is "" where qemu-bridge-helper gives it one, on the bridge of somebody else's `bridge`.
+    `id` is what the tap's key is made of: the NIC's number, or the tap's name where the file gives
+    one. `tap` is "" where qemu-bridge-helper gives it one, on the bridge of somebody else's
+    `bridge`. `network` is the one that it was told it is on, and `served` whether that has DHCP;
+    `link` is its cable. One that is not `attached` is half made, or has lost its tap.
     """
 
+    id: str
     mac: str
     model: str
     tap: str
     queues: int = 1
     bridge: str = ""
+    network: str = ""
+    served: bool = False
+    link: Literal["up", "down"] = "up"
+    attached: bool = True
+
+    @property
+    def hardware(self) -> tuple[object, ...]:
+        """What makes it another device: to change that, it is unplugged and plugged."""
+        return self.mac, self.model, self.tap, self.queues, self.bridge, self.attached
+
+    def describe(self) -> str:
+        return f"NIC {self.tap or self.mac} on {self.network or self.bridge}"
+
+    def changes(self, new: "GuestNic") -> str:
+        if not self.attached:
+            return f"plug {new.describe()} again"
+        if not new.attached:
+            return f"NIC {self.tap or self.mac} has lost its tap"
+        fields = [
+            f"{name} {getattr(self, name)} -> {getattr(new, name)}"
+            for name in self.__struct_fields__
+            if getattr(self, name) != getattr(new, name)
+        ]
+        return f"NIC {self.tap or self.mac} {', '.join(fields)}"
 
 
 class Guest(Resource, frozen=True):
-    """A running QEMU. `image` is `tiny` or an absolute path; `memory` is in MiB.
+    """A running QEMU. `image` is `tiny` or an absolute path, then also that of the first disk;
+    `memory` is in MiB.
 
-    `vnc` is a display number on loopback, -1 for none. `networks` are those whose services it waits
-    for. `state` is QEMU's run state (its QMP command query-status); a lab wants "running".
+    `ports` is how many PCIe ports it has for NICs that come and go; a machine `pc` needs none.
+    `vnc` is `socket`, for one in the run directory, or a display number on loopback, "" for none;
+    `video` is the display adapter, "" for none. `state` is QEMU's run state (its QMP command
+    query-status); a lab wants "running".
     """
 
-    live: ClassVar[frozenset[str]] = frozenset({"state"})
+    live: ClassVar[frozenset[str]] = frozenset({"nics", "vnc", "state"})
     name: str
     image: str
-    format: str
     machine: str
     accel: str
     memory: int
     cpus: int
     nics: tuple[GuestNic, ...] = ()
-    networks: tuple[str, ...] = ()
-    vnc: int = -1
+    disks: tuple[GuestDisk, ...] = ()
+    ports: int = 0
+    vnc: str = ""
+    video: str = ""
     state: str = "running"
 
     @property
@@ -61,17 +152,87 @@ class Guest(Resource, frozen=True):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        taps = (f"tap:{self.name}:{i}" for i, nic in enumerate(self.nics) if nic.tap)
-        disk = () if self.image == "tiny" else (f"overlay:{self.name}",)
+        taps = (self.tap_key(nic) for nic in self.nics if nic.tap)
+        own = (disk for disk in self.disks if disk.use in ("overlay", "volume"))
+        disks = (f"{disk.use}:{self.name}:{disk.name}" for disk in own)
         services = (f"dnsmasq:{network}" for network in self.networks)
-        return ("record", "ruleset", *disk, *taps, *services)
+        return ("record", "ruleset", *disks, *taps, *services)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Those whose services it waits for."""
+        return tuple(dict.fromkeys(nic.network for nic in self.nics if nic.served))
+
+    @property
+    def is_in_use(self) -> bool:
+        return self.state in _IN_USE
+
+    def tap_key(self, nic: GuestNic) -> str:
+        return f"tap:{self.name}:{nic.id}"
+
+    def port_of(self, index: int) -> str:
+        """The port of its NIC `index` at a start; "": it is on the root bus."""
+        return f"port{index}" if index < self.ports else ""
+
+    def can_become(self, new: Resource) -> bool:
+        if not super().can_become(new) or not isinstance(new, Guest):
+            return False
+        if self.state not in _IN_USE:
+            return True  # it is started again, as new
+        return self._can_plug(new) and self._can_move_screen(new)
 
     def after_replace(self, needed: str) -> Self | None:
-        return None if needed.startswith(("tap:", "overlay:")) else self
+        if needed.startswith(("overlay:", "volume:")):
+            return None
+        nics = tuple(
+            msgspec.structs.replace(nic, attached=False) if self.tap_key(nic) == needed else nic
+            for nic in self.nics
+        )
+        return msgspec.structs.replace(self, nics=nics)
 
     def describe(self) -> str:
         return f"guest {self.name} ({self.image}, {self.memory} MiB, {_count(self.cpus, 'cpu')})"
 
+    def changes(self, new: Resource) -> list[str]:
+        changes = super().changes(new)
+        if not isinstance(new, Guest) or self.nics == new.nics:
+            return changes
+        old_nics, new_nics = ({nic.mac: nic for nic in guest.nics} for guest in (self, new))
+        of_nics = [f"remove {nic.describe()}" for m, nic in old_nics.items() if m not in new_nics]
+        for mac, nic in new_nics.items():
+            if mac not in old_nics:
+                of_nics.append(f"add {nic.describe()}")
+            elif nic != old_nics[mac]:
+                of_nics.append(old_nics[mac].changes(nic))
+        rest = [change for change in changes if not change.startswith("nics ")]
+        return rest + (of_nics or ["the order of its NICs"])
+
+    def _can_move_screen(self, new: "Guest") -> bool:
+        """A display on a TCP port can get another port, or none; it is in the lab's network
+        namespace, where a QEMU without one is not.
+        """
+        return self.vnc == new.vnc or (self.vnc.isdigit() and (new.vnc.isdigit() or not new.vnc))
+
+    def _can_plug(self, new: "Guest") -> bool:
+        """Whether its NICs can change while it runs.
+
+        A q35 has no hot-plug on its root bus (QEMU, docs/pcie.txt), where NICs are that were too
+        many for its ports at the start.
+        """
+        if {nic.hardware for nic in self.nics} == {nic.hardware for nic in new.nics}:
+            return True
+        if self.machine == "q35":
+            return max(len(self.nics), len(new.nics)) <= self.ports
+        return self.machine == "pc"
+
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def spoken(size: int) -> str:
+    """Bytes as the file has them: `10G`."""
+    for unit, letter in ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit}{letter}"
+    return f"{size} bytes"

@@ -1,8 +1,9 @@
 """QEMU's command line for a guest: pure rendering.
 
 Whatever QEMU has to open is opened by netorch and handed over as a descriptor: taps, the listening
-sockets of QMP, serial console and guest agent, and the base image. So QEMU needs no capability and
-no path of the person's own, and who connects to a socket need not wait until QEMU has made it.
+sockets of QMP, serial console and guest agent, and the files behind disks. So QEMU needs no
+capability and no path of the person's own, and who connects to a socket need not wait until QEMU
+has made it.
 Options that hold values of the person's are JSON where QEMU takes JSON: no comma in a value can
 become an option. The guest starts stopped (-S); netorch lets it run by QMP when all is in place.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from netorch import disk_devices, nic_devices
-from netorch.disk_devices import Disk
+from netorch.disk_devices import Source
 from netorch.resources import Guest, GuestNic
 
 # What no guest here uses, and what the firmware and the kernel would look for.
@@ -34,12 +35,21 @@ class Kernel(msgspec.Struct, frozen=True):
 
 
 class Descriptors(msgspec.Struct, frozen=True):
-    """What QEMU inherits: listening Unix sockets, and for each NIC one tap descriptor a queue."""
+    """What QEMU inherits: listening Unix sockets, for each NIC one tap descriptor a queue, and for
+    each disk its files (`netorch.disk_devices.blockdevs`).
+    """
 
     qmp: int
     serial: int
     agent: int
     taps: tuple[tuple[int, ...], ...] = ()
+    disks: tuple[tuple[Source, ...], ...] = ()
+
+    def numbers(self) -> list[int]:
+        """All of them."""
+        queues = [fd for tap in self.taps for fd in tap]
+        files = [source.fd for disk in self.disks for source in disk]
+        return [self.qmp, self.serial, self.agent, *queues, *files]
 
 
 def argv(
@@ -47,13 +57,14 @@ def argv(
     *,
     program: str,
     accel: str,
-    boot: Kernel | Disk,
+    kernel: Kernel | None,
     fds: Descriptors,
     log: str,
     incoming: bool = False,
 ) -> list[str]:
     """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's.
-    `incoming`: the guest does not boot, its state will come by QMP (migrate-incoming).
+    Without a `kernel` the guest boots from a disk; `incoming`, it does not boot, and its state will
+    come by QMP (migrate-incoming).
     """
     return [
         *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
@@ -67,12 +78,14 @@ def argv(
         *(() if guest.image == "tiny" and accel == "tcg" else ("-cpu", _CPUS[accel])),
         *("-smp", f"cpus={guest.cpus}", "-m", f"size={guest.memory}M"),
         *_character_devices(fds, log),
+        *(word for port in nic_devices.ports(guest.ports) for word in _json("-device", port)),
         *(
             word
             for index, nic in enumerate(guest.nics)
-            for word in _nic(index, nic, fds.taps[index])
+            for word in _nic(index, nic, fds.taps[index], guest.port_of(index))
         ),
-        *(_kernel(guest, boot) if isinstance(boot, Kernel) else _disk(boot)),
+        *(_kernel(guest, kernel) if kernel else ()),
+        *_disks(guest, fds.disks),
         *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
         *_json("-device", {"driver": "virtio-rng-pci", "rng": "rng"}),
         *_json("-device", {"driver": "virtio-serial-pci", "id": "ports"}),
@@ -80,14 +93,14 @@ def argv(
             "-device",
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
         ),
-        *_screen(guest.vnc),
+        *screen(guest),
         *(("-incoming", "defer") if incoming else ()),
     ]
 
 
 def needs_network(guest: Guest) -> bool:
     """Whether QEMU itself opens connections or ports, in the network namespace that it runs in."""
-    return guest.vnc >= 0
+    return guest.vnc not in ("", "socket")
 
 
 def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
@@ -103,9 +116,11 @@ def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
     yield from ("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off")
 
 
-def _nic(index: int, nic: GuestNic, queues: Sequence[int]) -> Iterator[str]:
-    yield from _json("-netdev", nic_devices.netdev(index, queues))
-    yield from _json("-device", nic_devices.device(index, nic))
+def _nic(index: int, nic: GuestNic, queues: Sequence[int], port: str) -> Iterator[str]:
+    plugged = nic_devices.Plugged(nic=nic, index=index, port=port)
+    yield from _json("-object", nic_devices.spec(plugged))
+    yield from _json("-netdev", nic_devices.netdev(nic, queues))
+    yield from _json("-device", nic_devices.device(nic, port))
 
 
 def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
@@ -113,17 +128,26 @@ def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
     yield from ("-append", f"{boot.cmdline} netorch.hostname={guest.name}")
 
 
-def _disk(boot: Disk) -> Iterator[str]:
-    yield from ("-add-fd", f"fd={boot.base_fd},set={disk_devices.BASE_SET}")
-    for node in disk_devices.blockdevs(boot):
-        yield from _json("-blockdev", node)
-    yield from _json("-device", disk_devices.device())
+def _disks(guest: Guest, sources: Sequence[Sequence[Source]]) -> Iterator[str]:
+    for option, value in disk_devices.options(guest.disks, sources):
+        yield from (option, value) if isinstance(value, str) else _json(option, value)
 
 
-def _screen(display: int) -> Iterator[str]:
-    if display >= 0:
-        yield from ("-vnc", f"127.0.0.1:{display}")
-        yield from _json("-device", {"driver": "VGA"})
+def screen(guest: Guest) -> Iterator[str]:
+    """The display adapter, and where VNC viewers find it. The path is from QEMU's directory, the
+    lab's: a socket's has at most 107 bytes.
+    """
+    if guest.vnc == "socket":
+        yield from ("-vnc", f"unix:{vnc_socket(guest.name)}")
+    elif guest.vnc:
+        yield from ("-vnc", f"127.0.0.1:{guest.vnc}")
+    if guest.video:
+        yield from _json("-device", {"driver": guest.video})
+
+
+def vnc_socket(guest: str) -> str:
+    """The path of a guest's VNC socket, from the run directory of the lab."""
+    return f"guests/{guest}/vnc.sock"
 
 
 def _json(option: str, value: dict[str, object]) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from netorch.model import Topology
 from netorch.planner import Action, Plan, diff
 from netorch.resources import Resource, Ruleset
 from netorch.state import EMPTY, State
-from netorch.surroundings import fresh_facts, with_names
+from netorch.surroundings import fresh_facts, refuse_held, with_names
 from netorch.system import Adapter, System, confirmation, rundir, saved
 from netorch.system.confirmation import Pending, Watchdog
 from netorch.system.endings import Ending, endings
@@ -89,7 +89,7 @@ def machine(
     in.
     """
     from netorch.system.bridge_uplinks import BridgeUplinks
-    from netorch.system.disks import Overlays
+    from netorch.system.disks import Disks
     from netorch.system.firewall import Firewall
     from netorch.system.guests import Guests
     from netorch.system.hosts import Hosts
@@ -104,7 +104,7 @@ def machine(
         Firewall(scope),
         Dnsmasqs(scope),
         DhcpClients(scope),
-        Overlays(scope),
+        Disks(scope),
         Guests(scope, report),
     ]
     if only is not None:
@@ -118,12 +118,13 @@ def apply(
     choice: PlaceChoice,
     progress: Progress,
     confirm: float | None = None,
+    restart: bool = False,
 ) -> Outcome:
     """Make the lab be what the topology says, and wait until its guests and hosts have their
     addresses.
 
     With `confirm`, everything goes back after that many seconds unless a confirmation comes first
-    (`netorch.system.confirmation`).
+    (`netorch.system.confirmation`). Without `restart`, what needs guests to restart is refused.
 
     Raises ConflictError before the first change, ApplyError after the rollback, ReadyError if all
     was made but a guest didn't come to life in time (the lab stays up for a look).
@@ -144,7 +145,7 @@ def apply(
             if place.private:
                 enter(place)
             refuse_a_twin(lab)
-            plan = _apply_here(lab, topology, source, progress, watchdog)
+            plan = _apply_here(lab, topology, source, progress, restart, watchdog)
         except ReadyError:
             raise
         except BaseException:
@@ -158,7 +159,10 @@ def apply(
 
 
 def prepare(topology: Topology, progress: Progress) -> None:
-    """What has to be done before moving into a place without a way out, which can't download."""
+    """What has to be done before moving into a place without a way out, which can't download, and
+    without a sight of who is outside.
+    """
+    refuse_held(topology)
     if any(guest.image == "tiny" for guest in topology.guests.values()):
         from netorch.system.tiny import tiny_image
 
@@ -166,7 +170,13 @@ def prepare(topology: Topology, progress: Progress) -> None:
 
 
 def apply_inside(
-    lab: Lab, topology: Topology, source: str, progress: Progress, *, fresh: bool = False
+    lab: Lab,
+    topology: Topology,
+    source: str,
+    progress: Progress,
+    *,
+    fresh: bool = False,
+    restart: bool = False,
 ) -> Plan:
     """As `apply`, in a process that is in the lab's place and has its lock. What fails leaves the
     place to the caller.
@@ -175,7 +185,7 @@ def apply_inside(
     there but what was asked for.
     """
     note_place(lab)
-    return _apply_here(lab, topology, source, progress, fresh=fresh)
+    return _apply_here(lab, topology, source, progress, restart, fresh=fresh)
 
 
 def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
@@ -258,6 +268,7 @@ def _apply_here(
     topology: Topology,
     source: str,
     progress: Progress,
+    restart: bool,
     watchdog: Watchdog | None = None,
     fresh: bool = False,
 ) -> Plan:
@@ -294,7 +305,7 @@ def _apply_here(
             refuse_too_much(plan)
         readiness.before(step, plan)
 
-    return engine.apply(adapters, desired, progress, ready, before, observed=known)
+    return engine.apply(adapters, desired, progress, ready, before, known, restart)
 
 
 def _outside(name: str, run: Path) -> Scope:

@@ -14,6 +14,8 @@ from msgspec import Meta
 # `(?!\n)`: Python's `$`, unlike JSON Schema's, lets a newline follow, and dnsmasq would read it.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$(?!\n)"
 INTERFACE = r"^[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,14}$(?!\n)"
+DISK = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,19}$(?!\n)"
+SERIAL = r"^[!-~]([ -~]{0,18}[!-~])?$(?!\n)"
 MAC = r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$(?!\n)"
 LEASE = r"^([0-9]{1,9}[smhdw]?|infinite)$(?!\n)"
 USER = r"^[^\s:\x00]{1,255}$(?!\n)"
@@ -48,6 +50,19 @@ By = Annotated[
         description='a probe: "ping", "tcp:PORT", "udp:PORT", "dns:NAME" or "dhcp"',
     ),
 ]
+DiskName = Annotated[  # QEMU's node names have at most 31 characters, and serial numbers 20
+    str,
+    Meta(
+        pattern=DISK,
+        description="a disk's name: letters, digits, `_`, `.`, `-`, at most 20 of them, "
+        "the first a letter or digit",
+    ),
+]
+Serial = Annotated[
+    str,
+    Meta(pattern=SERIAL, description="a serial number: at most 20 printable ASCII characters"),
+]
+Size = Annotated[str, Meta(description='a disk\'s size such as "512M" or "10G"')]
 Ready = Annotated[
     str,
     Meta(
@@ -57,6 +72,8 @@ Ready = Annotated[
 ]
 Memory = Annotated[str, Meta(description='an amount of memory such as "256M" or "1G"')]
 Mode = Literal["nat", "route", "open", "isolated", "bridge"]
+Bus = Literal["virtio", "scsi", "sata", "ide", "nvme", "usb"]
+Format = Literal["auto", "qcow2", "raw"]
 Model = Literal["virtio-net-pci", "e1000", "rtl8139"]
 
 
@@ -108,6 +125,7 @@ class Nic(_Table, frozen=True):
     mac: Mac | None = None
     queues: Annotated[int, Meta(ge=1, le=256)] = 1
     tap: Interface | None = None
+    link: Literal["up", "down"] = "up"
 
 
 class HostNic(_Table, frozen=True):
@@ -119,17 +137,45 @@ class HostNic(_Table, frozen=True):
     mac: Mac | None = None
 
 
+class Layer(_Table, frozen=True):
+    """One of `backing`: a file that the one before it is an overlay of."""
+
+    file: str
+    format: Literal["qcow2", "raw"]
+
+
+class Disk(_Table, frozen=True):
+    """One of a guest's `disks`: a file or block device, or, by `size`, a new empty disk."""
+
+    file: str | None = None
+    size: Size | None = None
+    format: Format = "auto"
+    backing: tuple[Layer, ...] = ()
+    bus: Bus = "virtio"
+    name: DiskName | None = None  # disk0, disk1, ...
+    serial: Serial | None = None  # the name
+    persistent: bool = False
+    readonly: bool = False
+    cdrom: bool = False
+
+
 class Guest(_Table, frozen=True):
     """`[guests.NAME]`: a QEMU virtual machine."""
 
     image: str = "tiny"
-    format: Literal["auto", "qcow2", "raw"] = "auto"
+    format: Format = "auto"
+    backing: tuple[Layer, ...] = ()  # of the image
+    bus: Bus = "virtio"  # of the image
+    persistent: bool = False  # the image
     memory: int | Memory = "256M"
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
     machine: Literal["q35", "pc"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
-    vnc: Annotated[int, Meta(ge=0, le=59635)] | None = None
+    ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for NICs that come and go: 4 on q35
+    vnc: bool | Annotated[int, Meta(ge=0, le=59635)] = False
+    video: Literal["VGA", "virtio-vga"] | None = None
     nics: tuple[Nic, ...] = ()
+    disks: tuple[Disk, ...] = ()
     after: tuple[Name, ...] = ()  # guests that have to be ready first
     ready: Ready = "lease"
     restart: Literal["no", "on-failure", "always"] = "no"  # by `netorch watch`

@@ -13,6 +13,13 @@ def tap_name(guest: str, index: int, nic: Nic) -> str:
     return nic.tap or shorten(f"{guest}-{index}")
 
 
+def tap_id(index: int, nic: Nic) -> str:
+    """What the key of a guest's tap ends in: a tap with a name of its own keeps its key wherever
+    its NIC stands in the file.
+    """
+    return nic.tap or str(index)
+
+
 def tap_names(name: str, taps: Taps) -> list[str]:
     """The taps of `[taps.NAME]`: `lab0`, `lab1`, ..."""
     return [shorten(f"{name}{index}") for index in range(taps.count)]

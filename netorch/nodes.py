@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from netorch.errors import MissingError, UsageError
+from netorch.errors import MissingError, NetorchError, UsageError
 from netorch.labs import Lab, find_all, status, topology_of
 from netorch.resources import Bridge, Veth
 from netorch.state import State
@@ -15,6 +15,14 @@ from netorch.system.places import enter
 
 if TYPE_CHECKING:
     from netorch.system.explain import Hop
+
+# The agent's parser takes 64 MiB of JSON (QEMU, qobject/json-streamer.c), but the message waits in
+# memory on both sides, and a guest under TCG takes 3 MB a second.
+_MAX_INPUT = 16 << 20
+
+
+class TimedOut(NetorchError):
+    """A command took longer than it was given."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -47,8 +55,9 @@ def find(lab: str | None, name: str) -> Node:
     return found[0]
 
 
-def run(node: Node, command: Sequence[str]) -> int:
-    """Run a command in the node with this process's input and output; returns its exit status.
+def run(node: Node, command: Sequence[str], seconds: float | None = None) -> int:
+    """Run a command in the node with this process's input and output; returns its exit status, 124
+    if it was ended after so many seconds.
 
     In a host the command takes the place of this process. In a guest it runs through the guest
     agent, which hands over all output at the end.
@@ -56,8 +65,8 @@ def run(node: Node, command: Sequence[str]) -> int:
     if node.lab.place.private:
         enter(node.lab.place)
     if node.is_guest:
-        return _in_guest(node, command)
-    return _in_host(node, command)
+        return _in_guest(node, command, seconds)
+    return _in_host(node, command if seconds is None else ("timeout", str(seconds), *command))
 
 
 def console(node: Node) -> int:
@@ -85,19 +94,28 @@ def why(node: Node, target: str) -> "list[Hop]":
     return explain(node.lab.scope, standing.desired, node.name, target)
 
 
-def _in_guest(node: Node, command: Sequence[str]) -> int:
-    from netorch.system.qmp import QmpError, agent_exec
+def _in_guest(node: Node, command: Sequence[str], seconds: float | None) -> int:
+    from netorch.system.qmp import CUT, CUT_HINT, QmpError, agent_exec
 
-    data = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+    data = b"" if sys.stdin.isatty() else sys.stdin.buffer.read(_MAX_INPUT + 1)
+    if len(data) > _MAX_INPUT:
+        raise UsageError(
+            f"the guest agent takes {_MAX_INPUT >> 20} MiB of input for a command at most",
+            f"netorch copy FILE {node.name}:/path, and let the command read that",
+        )
     try:
-        done = agent_exec(node.lab.scope, node.name, command, data)
+        done = agent_exec(node.lab.scope, node.name, command, data, seconds)
     except QmpError as error:
         if "No such file or directory" in error.message:
             raise MissingError(f"{command[0]}: not found in guest {node.name}") from error
         raise
     sys.stdout.buffer.write(done.out)
+    sys.stdout.flush()
     sys.stderr.buffer.write(done.err)
-    assert done.code is not None, "without a time limit"
+    if done.cut:
+        raise NetorchError(CUT, CUT_HINT)
+    if done.code is None:
+        raise TimedOut(f"{command[0]} in guest {node.name} was ended after {seconds:g} s")
     return done.code
 
 

@@ -5,8 +5,10 @@ updates, what is needed before what needs it. Actions that don't depend on each 
 in a step, so that the engine can hand a whole step to an adapter (a thousand taps are one batch of
 messages).
 
-A resource that differs is updated where only its `live` fields differ, otherwise deleted and
-created. What needs a deleted resource is asked what is left of it (`Resource.after_replace`).
+A resource that differs is updated where it says that it can become the desired one
+(`Resource.can_become`), otherwise deleted and created. What needs a deleted resource is asked what
+is left of it (`Resource.after_replace`). To make one again that is in use, a running guest, is a
+*restart*: the plan names it, and whoever carries the plan out has to be allowed to.
 """
 
 from collections.abc import Iterable, Iterator
@@ -90,6 +92,15 @@ class Plan:
         self.steps = tuple(tuple(step) for step in steps)
         self.reasons = reasons or {}  # key of a resource that is made again -> why
 
+    @property
+    def restarts(self) -> dict[str, str]:
+        """What is in use and made again, a running guest: its key -> why."""
+        return {
+            action.key: self.reasons[action.key]
+            for action in self
+            if isinstance(action, Delete) and action.key in self.reasons and action.old.is_in_use
+        }
+
     def __iter__(self) -> Iterator[Action]:
         return (action for step in self.steps for action in step)
 
@@ -101,10 +112,16 @@ class Plan:
 
     def describe(self) -> list[str]:
         """One line an action; a resource that is made again says why."""
+        restarts = self.restarts
         lines = []
         for action in self:
             line = action.describe()
-            if isinstance(action, Delete) and action.key in self.reasons:
+            if action.key in restarts:
+                verb, _, rest = line.partition(" ")
+                name = action.key.replace(":", " ")
+                why = restarts[action.key]
+                line = f"restart {name}: {why}" if verb == "delete" else f"{verb} again {rest}"
+            elif isinstance(action, Delete) and action.key in self.reasons:
                 line += f" (to make it again: {self.reasons[action.key]})"
             lines.append(line)
         return lines
@@ -118,7 +135,7 @@ def diff(desired: State, observed: State) -> Plan:
         new = desired.get(old.key)
         if new is None:
             doomed[old.key] = old
-        elif old != new and not _can_update(old, new):
+        elif old != new and not old.can_become(new):
             doomed[old.key] = old
             reasons[old.key] = ", ".join(old.changes(new)) or "its kind changed"
 
@@ -131,7 +148,8 @@ def diff(desired: State, observed: State) -> Plan:
                 if current is None or needed not in doomed:
                     continue
                 remains = current.after_replace(needed)
-                if remains is None:
+                new = desired.get(key)
+                if remains is None or (new is not None and not remains.can_become(new)):
                     doomed[key] = left.pop(key)
                     if key in desired:
                         reasons[key] = (
@@ -156,13 +174,6 @@ def diff(desired: State, observed: State) -> Plan:
                 updates.append(Update(left[key], new))
         steps += [step for step in (creates, updates) if step]
     return Plan(steps, reasons)
-
-
-def _can_update(old: Resource, new: Resource) -> bool:
-    if type(old) is not type(new):
-        return False
-    fields = old.__struct_fields__
-    return all(f in old.live or getattr(old, f) == getattr(new, f) for f in fields)
 
 
 def _levels(state: State) -> list[list[str]]:

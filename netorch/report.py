@@ -104,11 +104,18 @@ def plan_text(outcome: Outcome) -> None:
 
 
 def plan_json(outcome: Outcome) -> dict[str, Any]:
-    """`{"lab", "place", "actions": [{"action", "key", "description", "new"?, "old"?}]}`."""
+    """`{"lab", "place", "actions": [{"action", "key", "description", "new"?, "old"?}],
+    "restarts": {key: reason}}`.
+    """
     actions = []
     for action, line in zip(outcome.plan, outcome.plan.describe(), strict=True):
         actions.append({**msgspec.to_builtins(action), "key": action.key, "description": line})
-    return {"lab": outcome.lab, "place": _place_json(outcome.place), "actions": actions}
+    return {
+        "lab": outcome.lab,
+        "place": _place_json(outcome.place),
+        "actions": actions,
+        "restarts": outcome.plan.restarts,
+    }
 
 
 def status_text(standing: Standing) -> None:

@@ -25,6 +25,26 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
         """
         return None
 
+    def refuses(self, new: Self) -> str:
+        """Why this one can't become `new`, which has its key, as a sentence; "" where it can."""
+        return ""
+
+    def can_become(self, new: "Resource") -> bool:
+        """Whether an update can make `new` of what this one was seen to be; otherwise it is made
+        again.
+        """
+        return type(self) is type(new) and all(
+            field in self.live or getattr(self, field) == getattr(new, field)
+            for field in self.__struct_fields__
+        )
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether to make it again would stop something that somebody may be at work in: a restart,
+        which has to be asked for.
+        """
+        return False
+
     def describe(self) -> str:
         """The resource in a few words, as `plan` prints it."""
         raise NotImplementedError

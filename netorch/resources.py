@@ -15,9 +15,12 @@ from typing import ClassVar, Self
 
 import msgspec
 
+from netorch.guest_resources import DiskLayer as DiskLayer
 from netorch.guest_resources import Guest as Guest
+from netorch.guest_resources import GuestDisk as GuestDisk
 from netorch.guest_resources import GuestNic as GuestNic
 from netorch.guest_resources import Overlay as Overlay
+from netorch.guest_resources import Volume as Volume
 from netorch.resource import Resource as Resource
 
 
@@ -309,6 +312,7 @@ AnyResource = (
     | Dnsmasq
     | DhcpClient
     | Overlay
+    | Volume
     | Guest
 )
 

@@ -6,22 +6,40 @@ from pathlib import Path
 import msgspec
 
 from netorch.addresses import uplink_subnet
-from netorch.errors import ImageError, UsageError
+from netorch.errors import ConflictError, ImageError, UsageError
 from netorch.facts import Facts, Uplink
+from netorch.guest_disks import disks_of, files_of
 from netorch.model import Topology
 
 
 def with_names(facts: Facts, topology: Topology) -> Facts:
     """Add what the file's own words refer to: users' ids and images' formats."""
-    from netorch.system.disks import image_format
-
     formats: dict[str, str] = {}
-    for image in (g.image for g in topology.guests.values() if g.image != "tiny"):
+    for file in dict.fromkeys(f for guest in topology.guests.values() for f in files_of(guest)):
+        from netorch.system.images import image_format
+
         with contextlib.suppress(ImageError):  # the guests' adapter names all that can't be read
-            formats[image] = image_format(Path(image))
+            formats[file] = image_format(Path(file))
     owners = {taps.owner for taps in topology.taps.values() if isinstance(taps.owner, str)}
     users = {owner: _uid_of(owner) for owner in owners}
     return msgspec.structs.replace(facts, users=users, formats=formats)
+
+
+def refuse_held(topology: Topology) -> None:
+    """Raise ConflictError if somebody else has an image that the lab needs for itself: before it
+    moves into a place from where he can't be seen.
+    """
+    found: dict[str, None] = {}
+    for disk in (disk for guest in topology.guests.values() for disk in disks_of(guest, {})):
+        from netorch.system.image_locks import conflict
+
+        for index, layer in enumerate(disk.layers):
+            with contextlib.suppress(ImageError):  # as above
+                writing = disk.use == "write" and index == 0
+                found[conflict(topology.name, Path(layer.file), writing)] = None
+    found.pop("", None)
+    if found:
+        raise ConflictError("\n".join(found))
 
 
 def _uid_of(user: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from netorch.errors import Finding, Mistake, TopologyError, dotted
-from netorch.model import Topology
+from netorch.model import Guest, Layer, Topology
 from netorch.topology_checks import check
 from netorch.topology_values import memory_mib
 
@@ -54,8 +54,8 @@ def load(path: Path) -> Topology:
 def parse(text: str, source: str, base: Path) -> Topology:
     """The topology in the text; `source` is what messages call it, `base` where its paths begin.
 
-    The lab has its name, and images are absolute paths; everything else is as written. Raises
-    TopologyError.
+    The lab has its name, and images and disks are absolute paths; everything else is as written.
+    Raises TopologyError.
     """
     try:
         data = tomllib.loads(text)
@@ -89,13 +89,27 @@ def _complete(topology: Topology, source: str, base: Path) -> Topology:
     lab = topology.lab
     if lab.name is None:
         lab = msgspec.structs.replace(lab, name=_lab_name(source))
-    guests = {
-        name: guest
-        if guest.image == "tiny"
-        else msgspec.structs.replace(guest, image=os.path.abspath(base / guest.image))
-        for name, guest in topology.guests.items()
-    }
+    guests = {name: _absolute(guest, base) for name, guest in topology.guests.items()}
     return msgspec.structs.replace(topology, lab=lab, guests=guests)
+
+
+def _absolute(guest: Guest, base: Path) -> Guest:
+    """The guest with the paths of its image and disks absolute."""
+
+    def there(path: str) -> str:
+        return os.path.abspath(base / path)
+
+    def layers(written: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        return tuple(msgspec.structs.replace(one, file=there(one.file)) for one in written)
+
+    disks = tuple(
+        msgspec.structs.replace(disk, file=there(disk.file), backing=layers(disk.backing))
+        if disk.file is not None
+        else disk
+        for disk in guest.disks
+    )
+    image = guest.image if guest.image == "tiny" else there(guest.image)
+    return msgspec.structs.replace(guest, image=image, backing=layers(guest.backing), disks=disks)
 
 
 def _lab_name(source: str) -> str:

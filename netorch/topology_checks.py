@@ -15,6 +15,7 @@ from netorch.errors import Finding, Key, dotted, quoted
 from netorch.model import Dhcp, Guest, HostNic, Network, Nic, Topology
 from netorch.names import bridge_name
 from netorch.topology_clashes import clashes, overlaps
+from netorch.topology_disks import storage
 from netorch.topology_expect import expectations
 from netorch.topology_order import order
 from netorch.topology_values import (
@@ -70,7 +71,10 @@ class _Checks:
             self._room(name, network)
         for finding in (*overlaps(self.subnets), *clashes(self.topology), *order(self.topology)):
             self.say(*finding)
-        for path, message, hint, because in expectations(self.topology):
+        for path, message, hint, because in (
+            *storage(self.topology),
+            *expectations(self.topology),
+        ):
             self.say(path, message, hint, *because)
         return self.findings
 
@@ -185,12 +189,10 @@ class _Checks:
 
     def _guest(self, name: str, guest: Guest) -> None:
         path: Key = ("guests", name)
-        if not guest.image or "\0" in guest.image or guest.image.startswith("~"):
-            hint = '"tiny", or the path of a qcow2 or raw image'
-            if guest.image.startswith("~"):
-                hint = "write the directory out: whose home ~ is depends on who runs netorch"
-            self.say((*path, "image"), f"{quoted(guest.image)} is not an image's path", hint)
         self._memory((*path, "memory"), guest.memory)
+        if guest.ports is not None and guest.machine != "q35":
+            message = f'machine "{guest.machine}" has no ports: its NICs come and go without'
+            self.say((*path, "ports"), message, "leave it out", (*path, "machine"))
         for index, nic in enumerate(guest.nics):
             self._nic((*path, "nics", index), nic)
 

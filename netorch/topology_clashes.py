@@ -123,7 +123,8 @@ def _addresses(topology: Topology) -> Iterator[Finding]:
 
 def _displays(topology: Topology) -> Iterator[Finding]:
     guests = topology.guests.items()
-    uses = ((("guests", n, "vnc"), g.vnc, str(g.vnc)) for n, g in guests if g.vnc is not None)
+    written = ((n, g.vnc) for n, g in guests if not isinstance(g.vnc, bool))
+    uses = ((("guests", n, "vnc"), display, str(display)) for n, display in written)
     return _once("the VNC display", uses, "every guest needs its own")
 
 

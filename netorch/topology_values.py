@@ -40,6 +40,14 @@ def memory_mib(value: int | str) -> int:
     return int(number) * _UNITS[unit]
 
 
+def disk_bytes(text: str) -> int:
+    """A disk's size in bytes: "512M", "10G"."""
+    number, unit = text[:-1], text[-1:].lower()
+    if unit not in _UNITS or not (number.isascii() and number.isdecimal() and len(number) <= 9):
+        raise Wrong("is not the size of a disk", '"512M", "10G" or "2T"')
+    return int(number) * _UNITS[unit] << 20
+
+
 def lease_seconds(lease: str) -> float:
     """A lease time of the form that the model allows, in seconds."""
     if lease == "infinite":

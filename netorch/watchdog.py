@@ -132,7 +132,7 @@ def put_back(order: Order) -> None:
     try:
         if order.previous is not None:
             topology = labs.topology_of(order.previous)
-            labs.apply(topology, order.previous.source, order.choice, Log())
+            labs.apply(topology, order.previous.source, order.choice, Log(), restart=True)
         else:
             for left in labs.teardown(labs.find(order.lab), Log()):
                 say(f"left behind: {left}")

@@ -11,11 +11,16 @@ from netorch.model import Topology
 from netorch.resources import Record
 from netorch.system import bridge_helper, rundir
 from netorch.system.places import Place, has_net_admin, marked_processes, private_places
-from netorch.system.scope import Scope, current_place, disks_base, run_base
+from netorch.system.scope import (
+    PLACE_FILE,
+    Scope,
+    current_place,
+    disks_base,
+    place_of,
+    run_base,
+)
 
 PlaceChoice = Literal["auto", "current", "private"]
-
-_PLACE = "place"  # in the run directory: the inode of its network namespace, and whether private
 
 
 class Lab(msgspec.Struct, frozen=True):
@@ -49,7 +54,7 @@ def labs() -> list[Lab]:
 
     here = current_place()
     base = run_base()
-    names = [*marked_labs(), *(run.name for run in rundir.all_of(base) if _place_of(run) == here)]
+    names = [*marked_labs(), *(run.name for run in rundir.all_of(base) if place_of(run) == here)]
     places = {name: Place(lab=name, private=True, inode=0) for name in _remains()}
     places |= {name: Place(lab=name, private=False, inode=here) for name in names}
     places |= private_places()
@@ -60,7 +65,7 @@ def labs() -> list[Lab]:
 def _remains() -> list[str]:
     """Labs of which only directories may be left: a private one that was killed, or a reboot."""
     base = run_base()
-    runs = [run.name for run in rundir.all_of(base) if _place_of(run) is None or _was_private(run)]
+    runs = [run.name for run in rundir.all_of(base) if place_of(run) is None or _was_private(run)]
     disks = [d.name for d in rundir.all_of(disks_base()) if not (base / d.name).exists()]
     if disks:
         # Another network namespace may have a lab whose run directory was deleted.
@@ -108,7 +113,7 @@ def place_for(topology: Topology, choice: PlaceChoice) -> Place | None:
     if without_rights and needs_no_rights(topology) and bridge_helper.installed():
         return Place(lab=name, private=False, inode=current_place())
     if wanted == "private" or without_rights:
-        if _place_of(run_base() / name) == current_place() and has_net_admin():
+        if place_of(run_base() / name) == current_place() and has_net_admin():
             raise UsageError(
                 f"lab {name} runs in the current network namespace",
                 f"take it down first: netorch teardown {name}",
@@ -121,7 +126,7 @@ def refuse_a_twin(lab: Lab) -> None:
     """Two labs of one name would share a run directory: the second, whose place is another, is
     refused.
     """
-    other = _place_of(lab.run)
+    other = place_of(lab.run)
     here = lab.place.inode
     if other not in (None, here) and any(
         int(marks["NETORCH_PLACE"]) == other and marks["NETORCH_LAB"] == lab.name
@@ -136,7 +141,7 @@ def refuse_a_twin(lab: Lab) -> None:
 
 def note_place(lab: Lab) -> None:
     here = lab.place.inode
-    rundir.write(lab.run / _PLACE, f"{here} private" if lab.place.private else str(here))
+    rundir.write(lab.run / PLACE_FILE, f"{here} private" if lab.place.private else str(here))
 
 
 def lab_of(name: str, place: Place) -> Lab:
@@ -150,13 +155,5 @@ def run_of(name: str) -> Path:
     return Path(running.run) if running and running.run else run_base() / name
 
 
-def _place_of(run: Path) -> int | None:
-    """The network namespace that a run directory belongs to."""
-    try:
-        return int((run / _PLACE).read_text().split()[0])
-    except (FileNotFoundError, ValueError, IndexError):
-        return None
-
-
 def _was_private(run: Path) -> bool:
-    return (run / _PLACE).read_text().endswith(" private")
+    return (run / PLACE_FILE).read_text().endswith(" private")

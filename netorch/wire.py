@@ -41,6 +41,7 @@ class Start(Request, frozen=True, kw_only=True):
 class Apply(Request, frozen=True, kw_only=True):
     topology: Topology
     source: str
+    restart: bool
 
 
 class Status(Request, frozen=True, kw_only=True):

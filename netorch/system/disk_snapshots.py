@@ -14,7 +14,7 @@ import msgspec
 
 from netorch.errors import ImageError, MissingError, UsageError
 from netorch.resources import Guest
-from netorch.system.disks import overlay_path
+from netorch.system.disks import disk_path
 from netorch.system.power import session
 from netorch.system.scope import Scope
 from netorch.system.starting import program, start
@@ -35,10 +35,12 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 def writable_disks(scope: Scope, guest: Guest) -> list[WritableDisk]:
-    """The disks of a guest that are its own."""
-    if guest.image == "tiny":
-        return []
-    return [WritableDisk(overlay_path(scope, guest.name), "disk")]
+    """The disks of a guest that are the lab's own; those of the person are the person's to keep."""
+    return [
+        WritableDisk(disk_path(scope, guest.name, disk.name), f"disk-{disk.name}")
+        for disk in guest.disks
+        if disk.use in ("overlay", "volume")
+    ]
 
 
 def listed(scope: Scope, guest: str, disks: Sequence[WritableDisk], runs: bool) -> list[Snapshot]:

@@ -1,160 +1,160 @@
-"""Guest images and the overlays that keep them unwritten.
+"""The lab's own disks: qcow2 files that hold what guests write.
 
-An overlay is a qcow2 file that holds what the guest writes; all else is read from the base image.
-It is a resource of its own: a guest that is started again, even with other memory, finds its disk
-as it left it. What it is an overlay of stands in its header.
+An overlay holds what a guest writes to a disk that is made from an image; all else is read from the
+image. A volume starts empty. Both are resources of their own: a guest that is started again, even
+with other memory, finds its disks as it left them. What they are stands in their headers.
+
+A volume grows by QMP where a QEMU has it open, which then also tells the guest.
 """
 
-import fcntl
+import contextlib
 import os
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from netorch.disk_devices import Source, writes
 from netorch.errors import ImageError, MissingError
 from netorch.planner import Update
-from netorch.resources import Guest, Overlay, Resource
+from netorch.resources import Guest, GuestDisk, Overlay, Resource, Volume
 from netorch.system import saved
+from netorch.system.guest_processes import directory_of, running
+from netorch.system.images import header, is_block_device, open_image, virtual_size
+from netorch.system.qmp import Qmp
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, program, start
 
-_QCOW2 = b"QFI\xfb"
-_BACKING_FORMAT = 0xE2792ACA
-_F_OFD_GETLK = 36
-# QEMU, block/file-posix.c: byte 100 + N is locked for permission N; BLK_PERM_WRITE is 1 << 1.
-_LOCKED_FOR_WRITING = 101
-_FLOCK = "hhqqi4x"  # struct flock of a 64-bit Linux
+_INSTALL = "install qemu-utils (Fedora: qemu-img)"
 
 
-def image_format(path: Path) -> str:
-    """`qcow2` or `raw`, by the first four bytes. Raises ImageError if it can't be read."""
-    try:
-        with path.open("rb") as image:
-            return "qcow2" if image.read(4) == _QCOW2 else "raw"
-    except OSError as error:
-        raise ImageError(f"failed to read image {path}: {error.strerror}") from error
+def disk_path(scope: Scope, guest: str, disk: str) -> Path:
+    """Where the lab's own file of a guest's disk is."""
+    return scope.disks / guest / f"{disk}.qcow2"
 
 
-def backing(path: Path) -> tuple[str, str]:
-    """What a qcow2 image is an overlay of, and that one's format; both "" if it stands alone.
-
-    As its header has it (docs/interop/qcow2.txt): backing_file_offset, backing_file_size, and, for
-    the format, the header extension 0xE2792ACA.
+def open_disk(
+    scope: Scope, guest: str, disk: GuestDisk, sets: Iterator[int], opened: contextlib.ExitStack
+) -> tuple[Source, ...]:
+    """Everything behind a disk, opened for QEMU: the lab's own file, if it has one, then its
+    layers. Raises ImageError.
     """
-    with path.open("rb") as image:
-        header = image.read(1 << 16)
-    version, offset, size = struct.unpack_from(">4xIQI", header)
-    if not offset:
-        return "", ""
-    at = struct.unpack_from(">I", header, 100)[0] if version >= 3 else 72
-    image_format = ""
-    while at + 8 <= min(offset, len(header)):
-        kind, length = struct.unpack_from(">II", header, at)
-        if kind == _BACKING_FORMAT:
-            image_format = os.fsdecode(header[at + 8 : at + 8 + length])
-        if kind == 0:
-            break
-        at += 8 + (length + 7 & ~7)
-    return os.fsdecode(header[offset : offset + size]), image_format
+    paths = [Path(layer.file) for layer in disk.layers]
+    if disk.use in ("overlay", "volume"):
+        paths.insert(0, disk_path(scope, guest, disk.name))
+    sources = []
+    for index, path in enumerate(paths):
+        descriptor = open_image(path, writes(disk, index))
+        opened.callback(os.close, descriptor)
+        sources.append(Source(descriptor, next(sets), is_block_device(descriptor)))
+    return tuple(sources)
 
 
-def writer(path: Path) -> str:
-    """Who has the image open for writing, "" if nobody has: `process 4711 (qemu-system-x86)`."""
-    with path.open("rb") as image:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _LOCKED_FOR_WRITING, 1, 0)
-        answer = fcntl.fcntl(image, _F_OFD_GETLK, asked)
-        if struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK:
-            return ""
-        wanted = os.fstat(image.fileno())
-    return _who_has(wanted) or "another process"
+class Disks:
+    """The adapter for overlays and volumes. One that an interrupted run left half made has another
+    suffix.
+    """
 
-
-def overlay_path(scope: Scope, guest: str) -> Path:
-    return scope.disks / f"{guest}.qcow2"
-
-
-def outdated(scope: Scope, guest: Guest) -> bool:
-    """Was the image written to after the guest's overlay? Then the overlay means nothing."""
-    try:
-        overlay = overlay_path(scope, guest.name).stat()
-    except FileNotFoundError:
-        return False
-    return os.stat(guest.image).st_mtime > overlay.st_mtime
-
-
-class Overlays:
-    """The adapter for overlays. One that an interrupted run left half made has another suffix."""
-
-    kinds: tuple[type[Resource], ...] = (Overlay,)
+    kinds: tuple[type[Resource], ...] = (Overlay, Volume)
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[Overlay]:
-        for path in sorted(self._scope.disks.glob("*.qcow2")):
-            image, image_format = backing(path)
-            yield Overlay(guest=path.stem, image=image, format=image_format)
+    def observe(self) -> Iterable[Resource]:
+        for path in sorted(self._scope.disks.glob("*/*.qcow2")):
+            found, guest = header(path), path.parent.name
+            if found.backing:
+                yield Overlay(
+                    guest=guest,
+                    disk=path.stem,
+                    image=found.backing,
+                    format=found.backing_format,
+                )
+            else:
+                yield Volume(guest=guest, disk=path.stem, size=found.size)
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         if wanted and program("qemu-img") is None:
-            return ["qemu-img is not installed: install qemu-utils (Fedora: qemu-img)"]
+            return [f"qemu-img is not installed: {_INSTALL}"]
         return []
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        overlays = [overlay for overlay in wanted if isinstance(overlay, Overlay)]
-        qemu_img = program("qemu-img")
-        if qemu_img is None:
-            raise MissingError("qemu-img is not installed", "install qemu-utils (Fedora: qemu-img)")
-        self._scope.disks.mkdir(mode=0o700, parents=True, exist_ok=True)
-        children = [(overlay, self._begin(qemu_img, overlay)) for overlay in overlays]
-        for overlay, child in children:
-            self._finish(overlay, child)
-            done(overlay)
+        children = []
+        for resource in wanted:
+            path = self._path(resource)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            words = [*_contents(resource, _unfinished(path)), str(_size(resource))]
+            children.append((resource, self._begin("create", "-q", "-f", "qcow2", *words)))
+        for resource, child in children:
+            _finish(child, f"create {resource.describe()}")
+            path = self._path(resource)
+            _unfinished(path).rename(path)
+            done(resource)
 
     def update(self, wanted: Sequence[Update], done: Callable[[Resource], None]) -> None:
-        raise AssertionError("an overlay has no live field")
+        for change in wanted:
+            assert isinstance(change.old, Volume)
+            assert isinstance(change.new, Volume)
+            if refusal := change.old.refuses(change.new):
+                raise ImageError(refusal)
+            self._grow(change.new)
+            done(change.new)
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        for overlay in unwanted:
-            assert isinstance(overlay, Overlay)
-            saved.drop(self._scope, overlay.guest)  # it is nothing without this disk
-            path = overlay_path(self._scope, overlay.guest)
+        for resource in unwanted:
+            path = self._path(resource)
+            saved.drop(self._scope, path.parent.name)  # it is nothing without this disk
             path.unlink(missing_ok=True)
             _unfinished(path).unlink(missing_ok=True)
-            done(overlay)
+            with contextlib.suppress(OSError):  # others of the guest's are there, or it is gone
+                path.parent.rmdir()
+            done(resource)
 
-    def _begin(self, qemu_img: str, overlay: Overlay) -> Child:
-        path = _unfinished(overlay_path(self._scope, overlay.guest))
-        words = ["-b", overlay.image, "-F", overlay.format, str(path)]
-        log = self._scope.run / "qemu-img.log"
-        return start(self._scope, None, [qemu_img, "create", "-q", "-f", "qcow2", *words], log=log)
+    def _path(self, resource: Resource) -> Path:
+        assert isinstance(resource, Overlay | Volume)
+        return disk_path(self._scope, resource.guest, resource.disk)
 
-    def _finish(self, overlay: Overlay, child: Child) -> None:
-        path = overlay_path(self._scope, overlay.guest)
-        try:
-            if child.exit_status() != 0:
-                raise ImageError(
-                    f"failed to create the disk of guest {overlay.guest}: {child.output()}"
-                )
-        finally:
-            child.close()
-        _unfinished(path).rename(path)
+    def _grow(self, volume: Volume) -> None:
+        for process in running(self._scope).get(f"guest:{volume.guest}", ()):
+            guest = process.resource
+            if isinstance(guest, Guest) and volume.disk in (disk.name for disk in guest.disks):
+                socket = directory_of(self._scope, volume.guest) / "qmp.sock"
+                with Qmp(socket, volume.guest) as qmp:
+                    qmp.ready()
+                    node = f"disk-{volume.disk}"
+                    qmp.ask("block_resize", {"node-name": node, "size": volume.size})
+                return
+        child = self._begin(
+            "resize", "-q", "-f", "qcow2", str(self._path(volume)), str(volume.size)
+        )
+        _finish(child, f"grow {volume.describe()}")
+
+    def _begin(self, *words: str) -> Child:
+        qemu_img = program("qemu-img")
+        if qemu_img is None:
+            raise MissingError("qemu-img is not installed", _INSTALL)
+        return start(self._scope, None, [qemu_img, *words], log=self._scope.run / "qemu-img.log")
 
 
-def _unfinished(overlay: Path) -> Path:
-    return overlay.with_suffix(".new")
+def _contents(resource: Resource, path: Path) -> list[str]:
+    if isinstance(resource, Overlay):
+        # -u: the image is not opened, nor what its header may name.
+        return ["-u", "-b", resource.image, "-F", resource.format, str(path)]
+    return [str(path)]
 
 
-def _who_has(wanted: os.stat_result) -> str:
-    """The process that has the file open, in words; "" if none that may be looked at has."""
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        try:
-            for fd in os.scandir(f"/proc/{name}/fd"):
-                found = os.stat(fd.path)
-                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                    return f"process {name} ({Path(f'/proc/{name}/comm').read_text().strip()})"
-        except (FileNotFoundError, PermissionError, ProcessLookupError):
-            continue  # gone, or not ours to look at
-    return ""
+def _size(resource: Resource) -> int:
+    if isinstance(resource, Overlay):
+        return virtual_size(Path(resource.image), resource.format)
+    assert isinstance(resource, Volume)
+    return resource.size
+
+
+def _finish(child: Child, what: str) -> None:
+    try:
+        if child.exit_status() != 0:
+            raise ImageError(f"failed to {what}: {child.output()}")
+    finally:
+        child.close()
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_suffix(".new")

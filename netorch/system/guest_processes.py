@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from netorch.system.namespaces import wait_exit
 from netorch.system.processes import Marked, end, leaders, marked
-from netorch.system.qmp import Qmp, QmpError
 from netorch.system.scope import Scope
 
 UNREACHABLE = "unreachable"
@@ -44,22 +43,3 @@ def end_guests(scope: Scope, processes: Sequence[Marked]) -> None:
     finally:
         for pidfd in pidfds:
             os.close(pidfd)
-
-
-def run_states(scope: Scope, names: Sequence[str]) -> Mapping[str, str]:
-    """The run state of each guest. All are asked before the first answer is awaited."""
-    states = {}
-    with contextlib.ExitStack() as opened:
-        asked = {}
-        for name in names:
-            states[name] = UNREACHABLE
-            with contextlib.suppress(QmpError, FileNotFoundError):
-                asked[name] = opened.enter_context(
-                    Qmp(directory_of(scope, name) / "qmp.sock", name)
-                )
-                asked[name].send("query-status")
-        for name, qmp in asked.items():
-            with contextlib.suppress(QmpError):
-                qmp.ready()
-                states[name] = qmp.answer("query-status")["status"]
-    return states

@@ -15,23 +15,25 @@ its disk caches and quit, as its `quit` does, and needs no socket.
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from netorch.disk_devices import Disk
 from netorch.errors import ImageError, MissingError, NetorchError
-from netorch.guests import Descriptors, Kernel, argv, needs_network
+from netorch.guests import Descriptors, Kernel, argv, needs_network, vnc_socket
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import disks, incoming, saved
+from netorch.system import disk_checks, incoming, saved
 from netorch.system.accel import accelerator
 from netorch.system.disk_snapshots import writable_disks
-from netorch.system.guest_processes import directory_of, end_guests, run_states, running
+from netorch.system.disks import open_disk
+from netorch.system.guest_changes import change, must_start_again, set_links
+from netorch.system.guest_devices import look_at_all
+from netorch.system.guest_processes import UNREACHABLE, directory_of, end_guests, running
 from netorch.system.guest_taps import open_queues
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.readiness import start_line
@@ -45,16 +47,8 @@ _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qe
 
 # What guests that start side by side may have open: 1024 descriptors are the usual limit.
 _DESCRIPTORS = 800
-_EACH = 6  # three sockets, the connection, the base image and the process itself
+_EACH = 5  # three sockets, the connection and the process itself
 
-# How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
-_RESUME = {
-    "prelaunch": "cont",
-    "paused": "cont",
-    "io-error": "cont",
-    "postmigrate": "cont",  # it was about to be saved
-    "suspended": "system_wakeup",
-}
 _SEVERAL = "running more than once"
 
 
@@ -76,28 +70,28 @@ class Guests:
 
     def observe(self) -> Iterable[Guest]:
         found = running(self._scope)
-        guests = {key: processes[0].resource for key, processes in found.items()}
-        states = run_states(self._scope, [g.name for g in guests.values() if isinstance(g, Guest)])
-        for key, guest in guests.items():
+        seen = look_at_all(self._scope, [processes[0] for processes in found.values()])
+        for processes in found.values():
+            guest = processes[0].resource
             assert isinstance(guest, Guest)
-            state = states[guest.name] if len(found[key]) == 1 else _SEVERAL
-            yield msgspec.structs.replace(guest, state=state)
+            look = seen.get(guest.name)
+            if len(processes) > 1 or look is None:
+                state = _SEVERAL if len(processes) > 1 else UNREACHABLE
+                yield msgspec.structs.replace(guest, state=state)
+                continue
+            nics = tuple(plugged.nic for plugged in look.nics)
+            yield msgspec.structs.replace(guest, state=look.state, nics=nics, vnc=look.vnc)
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
         reasons = []
         if guests and program(QEMU) is None:
             reasons.append(f"{QEMU} is not installed: {_INSTALL_QEMU}")
-        for image in dict.fromkeys(guest.image for guest in guests):
-            reasons += self._image_reasons(image)
+        if any(guest.image == "tiny" for guest in guests):
+            reasons += self._tiny_reasons()
         for guest in guests:
             reasons += self._saved_reasons(guest)
-            if guest.image != "tiny" and disks.outdated(self._scope, guest):
-                reasons.append(
-                    f"image {guest.image} was written to after the disk of guest {guest.name} was "
-                    "made from it: take the guest out of the file and apply, then start it anew"
-                )
-        return reasons
+        return reasons + disk_checks.reasons(self._scope, guests)
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
@@ -108,21 +102,20 @@ class Guests:
             raise errors[0]
 
     def update(self, wanted: Sequence[Update], done: Callable[[Resource], None]) -> None:
-        again = [change for change in wanted if _state(change.old) not in _RESUME]
-        for change in wanted:
-            if change not in again and isinstance(change.new, Guest):
-                with Qmp(
-                    directory_of(self._scope, change.new.name) / "qmp.sock", change.new.name
-                ) as qmp:
-                    qmp.ready()
-                    qmp.ask("migrate_cancel")  # where a `save` was killed, QEMU may be writing on
-                    saved.drop(self._scope, change.new.name)
-                    qmp.ask(_RESUME[_state(change.old)])
-                done(change.new)
+        found = running(self._scope)
+        again, live = [], []
+        for one in wanted:
+            assert isinstance(one.new, Guest)
+            if must_start_again(one.old, one.new) or one.new.key not in found:
+                again.append(one.new)
+            else:
+                live.append((one.new, found[one.new.key][0]))
+        errors = change(self._scope, live, done)
         if again:
-            found = running(self._scope)
-            end_guests(self._scope, [p for change in again for p in found.get(change.new.key, ())])
-            self.create([change.new for change in again], done)
+            end_guests(self._scope, [p for guest in again for p in found.get(guest.key, ())])
+            self.create(again, done)
+        if errors:
+            raise errors[0]
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         found = running(self._scope)
@@ -147,22 +140,11 @@ class Guests:
                         f"`netorch start --discard {guest.name}` boots it afresh"
                     )
 
-    def _image_reasons(self, image: str) -> Iterator[str]:
+    def _tiny_reasons(self) -> Iterator[str]:
         try:
-            if image == "tiny":
-                tiny_image(self._progress)
-                return
-            image_format = disks.image_format(Path(image))
+            tiny_image(self._progress)
         except ImageError as error:
             yield f"{error.message}: {error.hint}" if error.hint else error.message
-            return
-        if image_format == "qcow2" and (backing := disks.backing(Path(image))[0]):
-            yield (
-                f"image {image} is itself an overlay, of {backing}: make one that stands alone "
-                f"with `qemu-img convert -O qcow2 {image} NEW`"
-            )
-        if writer := disks.writer(Path(image)):
-            yield f"image {image} is being written to by {writer}: shut that down, or use a copy"
 
     def _create(
         self, guests: list[Guest], done: Callable[[Resource], None], errors: list[NetorchError]
@@ -201,8 +183,11 @@ class Guests:
             with _collected(errors), process.qmp, contextlib.closing(process.child):
                 if process.saved and errors:
                     continue  # all will be undone, and its state is good for another start
+                set_links(process.qmp, process.guest)
                 saved.drop(self._scope, process.guest.name)
                 process.qmp.ask("cont")
+                if process.guest.vnc == "socket":  # QEMU made it, by the person's umask
+                    (self._scope.run / vnc_socket(process.guest.name)).chmod(0o600)
                 if process.saved:
                     incoming.settle(self._scope, process.guest.name, process.qmp)
                     at = saved.when(states[process.guest.name])
@@ -231,14 +216,18 @@ class Guests:
             for name in ("qmp", "serial", "agent")
         )
         taps = tuple(tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics)
-        boot = self._boot(guest, opened)
+        sets = itertools.count(1)
+        files = tuple(
+            open_disk(self._scope, guest.name, disk, sets, opened) for disk in guest.disks
+        )
+        kernel = self._kernel(guest)
         accel = accelerator() if guest.accel == "auto" else guest.accel
-        fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps)
+        fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps, files)
         words = argv(
             guest,
             program=qemu,
             accel=accel,
-            boot=boot,
+            kernel=kernel,
             fds=fds,
             log=f"{relative}/serial.log",
             incoming=is_saved,
@@ -247,24 +236,19 @@ class Guests:
             guest,
             words,
             log=directory / "qemu.log",
-            pass_fds=_numbers(fds, boot),
+            pass_fds=fds.numbers(),
             capabilities=(),
             apart=not needs_network(guest),
             kept=directory,
         )
         return guest, Qmp(directory / "qmp.sock", guest.name), start
 
-    def _boot(self, guest: Guest, opened: contextlib.ExitStack) -> Kernel | Disk:
-        if guest.image == "tiny":
-            tiny = tiny_image(self._progress)
-            return Kernel(tiny.kernel, tiny.initrd, tiny.cmdline)
-        base = os.open(guest.image, os.O_RDONLY | os.O_CLOEXEC)
-        opened.callback(os.close, base)
-        return Disk(disks.overlay_path(self._scope, guest.name), base, guest.format)
-
-
-def _state(resource: Resource) -> str:
-    return resource.state if isinstance(resource, Guest) else ""
+    def _kernel(self, guest: Guest) -> Kernel | None:
+        if guest.image != "tiny":
+            return None
+        tiny = tiny_image(self._progress)
+        kernel = tiny.vmlinuz if guest.video else tiny.kernel
+        return Kernel(kernel, tiny.initrd, tiny.cmdline)
 
 
 @contextlib.contextmanager
@@ -294,6 +278,7 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
     left = _DESCRIPTORS
     for guest in guests:
         needed = _EACH + sum(nic.queues for nic in guest.nics)
+        needed += sum(len(disk.layers) + 1 for disk in guest.disks)
         if batch and needed > left:
             yield batch
             batch, left = [], _DESCRIPTORS
@@ -301,12 +286,6 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
         left -= needed
     if batch:
         yield batch
-
-
-def _numbers(fds: Descriptors, boot: Kernel | Disk) -> list[int]:
-    queues = [fd for tap in fds.taps for fd in tap]
-    base = [boot.base_fd] if isinstance(boot, Disk) else []
-    return [fds.qmp, fds.serial, fds.agent, *queues, *base]
 
 
 @contextlib.contextmanager

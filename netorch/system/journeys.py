@@ -129,8 +129,8 @@ def _has_way_out(end: End) -> bool:
 def _all_ends(desired: State, leases: Sequence[Lease], node: str) -> Iterator[End]:
     guest = desired.get(f"guest:{node}")
     if isinstance(guest, Guest):
-        for index, nic in enumerate(guest.nics):
-            tap = desired.get(f"tap:{node}:{index}")
+        for nic in guest.nics:
+            tap = desired.get(guest.tap_key(nic))
             assert isinstance(tap, Tap)
             dhcp = tap.network in guest.networks
             address = _leased(desired, leases, tap.network, nic.mac) if dhcp else ""

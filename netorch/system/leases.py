@@ -1,8 +1,9 @@
 """Leases, and waiting until every guest and host has its own.
 
-A node is ready when dnsmasq has written its lease; for one that this apply started, the lease has
-to be newer than the start. That is read from dnsmasq's log, where `services.note_start` leaves a
-line when a node starts: what the log says of the node's MAC after that line is how far it has come
+A node is ready when dnsmasq has written its lease; for one that this apply started, or a NIC that
+it plugged or gave its link back, the lease has to be newer than that. That is read from dnsmasq's
+log, where `services.note_start` leaves a line when a node or NIC starts: what the log says of the
+MAC after that line is how far it has come
 
     nothing -> DHCPDISCOVER -> DHCPOFFER -> DHCPREQUEST -> DHCPACK (and the lease)
 
@@ -20,11 +21,13 @@ from typing import NamedTuple
 import msgspec
 
 from netorch.errors import ReadyError
+from netorch.planner import Plan, Update
 from netorch.resources import DhcpClient, Guest, Tap, Veth
 from netorch.state import State
 from netorch.system.late import guest_reason, host_reason, log_end
 from netorch.system.processes import leaders, marked
 from netorch.system.scope import Scope
+from netorch.system.services import nic_key
 from netorch.system.watch import Watch
 
 # dnsmasq 2.90, src/rfc2131.c, log_packet(): TYPE(interface) [address] mac ...
@@ -79,8 +82,13 @@ def parse(text: str, network: str) -> list[Lease]:
 
 def read(scope: Scope) -> list[Lease]:
     """All leases of the lab, by network and address."""
+    return read_in(scope.run)
+
+
+def read_in(run: Path) -> list[Lease]:
+    """All leases of the lab with this run directory, by network and address."""
     found = []
-    for path in scope.run.glob("dnsmasq-*.leases"):
+    for path in run.glob("dnsmasq-*.leases"):
         if not path.with_suffix(".conf").exists():
             continue  # of a network that the lab no longer has
         network = path.name.removeprefix("dnsmasq-").removesuffix(".leases")
@@ -95,22 +103,24 @@ def wait_ready(
 ) -> list[Lease]:
     """Wait until all guests and hosts of `desired` that ask for addresses have them; the leases.
 
-    `started` has the keys of the processes that were just started: a lease from before counts only
-    for the others.
+    `started` has the keys of the processes that were just started, and those of `asking_anew`: a
+    lease from before counts only for the others.
     Raises ReadyError, which names for each late node the step that is late.
     """
     wanted = list(_wanted(scope, desired))
     if not wanted:
         return []
-    started = {key for key in started if key in desired}
+    started = {key for key in started if key in desired or key.startswith(nic_key(""))}
     with Watch() as watch:
         return _Wait(scope, wanted, started, progress).until(time.monotonic() + seconds, watch)
 
 
 def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
     for guest in desired.of(Guest):
-        for index, nic in enumerate(guest.nics):
-            tap = desired.get(f"tap:{guest.name}:{index}")
+        for nic in guest.nics:
+            if nic.link == "down":
+                continue
+            tap = desired.get(guest.tap_key(nic))
             if isinstance(tap, Tap) and tap.network in guest.networks:
                 # Many an image asks on its first NIC only; tiny is known to ask on all.
                 one = guest.image != "tiny"
@@ -122,6 +132,23 @@ def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
             links = (veth.name, veth.bridge)
             settled = scope.run / "hosts" / client.host / f"resolv.{client.device}"
             yield _Wanted(client.host, client.key, veth.network, veth.mac, links, settled=settled)
+
+
+def asking_anew(plan: Plan) -> Iterator[str]:
+    """The keys (`services.nic_key`) of NICs that running guests were given, or that changed their
+    network or link.
+    """
+    for action in plan:
+        if isinstance(action, Update) and isinstance(action.old, Guest):
+            assert isinstance(action.new, Guest)
+            before = {nic.mac: nic for nic in action.old.nics}
+            for nic in action.new.nics:
+                old = before.get(nic.mac)
+                if old is None or any(
+                    getattr(nic, field) != getattr(old, field)
+                    for field in ("hardware", "network", "link")
+                ):
+                    yield nic_key(nic.mac)
 
 
 class _Log:
@@ -164,6 +191,7 @@ class _Wait:
         macs: dict[str, list[str]] = {}
         for one in wanted:
             macs.setdefault(one.key, []).append(one.mac)
+            macs[nic_key(one.mac)] = [one.mac]
         networks = dict.fromkeys(one.network for one in wanted)
         self._logs = {n: _Log(scope.run / f"dnsmasq-{n}.log", macs) for n in networks}
         self._asking: set[_Wanted] = set()
@@ -222,7 +250,7 @@ class _Wait:
                 continue  # another lease of the same node was enough
             step = self._logs[one.network].steps.get(one.mac, "")
             lease = leases.get((one.network, one.mac))
-            started = one.key in self._started
+            started = not self._started.isdisjoint((one.key, nic_key(one.mac)))
             if step and started and one not in self._asking:
                 self._asking.add(one)
                 self._progress(f"{one.node} asks for an address on {one.network}")

@@ -112,7 +112,7 @@ class Links:
         stale = [
             own[old.key].index
             for old in self._observe(snapshot, own)
-            if old.key in new and not _can_become(old, new[old.key])
+            if old.key in new and not old.can_become(new[old.key])
         ]
         if stale:
             if error := removal.delete(netlink, snapshot, stale):
@@ -176,14 +176,6 @@ def _masters(
             else:
                 failures[resource.key] = index
     return masters
-
-
-def _can_become(old: Resource, new: Resource) -> bool:
-    """Whether an update can make `new` of it: it differs in nothing but live fields."""
-    return all(
-        name in old.live or getattr(old, name) == getattr(new, name)
-        for name in old.__struct_fields__
-    )
 
 
 def _settle(verb: str, resources: Sequence[Resource], failures: Failures, done: Done) -> None:

@@ -28,6 +28,7 @@ _STATES = {
     0x40: "noarp",
     0x80: "permanent",
 }
+_ANSWERED = (0x80, 0x02, 0x10, 0x08, 0x04)  # the surest first
 
 
 class Learned(msgspec.Struct, frozen=True):
@@ -66,6 +67,19 @@ def arp(netlink: Netlink) -> dict[str, str]:
         for _, state, values in _neighbours(netlink, socket.AF_INET)
         if _DESTINATION in values
     }
+
+
+def addresses(netlink: Netlink) -> dict[tuple[int, str], str]:
+    """The IPv4 address of each neighbour that has answered, by device and MAC; where one has more,
+    that which was confirmed last.
+    """
+    ranked: dict[tuple[int, str], tuple[int, str]] = {}
+    for index, state, values in _neighbours(netlink, socket.AF_INET):
+        if state in _ANSWERED and _DESTINATION in values and _MAC in values:
+            place = (index, values[_MAC].hex(":"))
+            entry = (_ANSWERED.index(state), socket.inet_ntoa(values[_DESTINATION]))
+            ranked[place] = min(ranked.get(place, entry), entry)
+    return {place: address for place, (_, address) in ranked.items()}
 
 
 def way(netlink: Netlink, address: str, names: dict[int, str]) -> Way:

@@ -49,12 +49,20 @@ class Netlink:
     def __init__(self, namespace: Path | int | None = None) -> None:
         self._sequence = 0
         if namespace is None:
-            self._socket = _open()
+            self._socket = open_socket()
             return
         from netorch.system.namespaces import in_namespace  # ctypes, only for labs with hosts
 
         with in_namespace(namespace):
-            self._socket = _open()
+            self._socket = open_socket()
+
+    @classmethod
+    def over(cls, opened: socket.socket) -> Self:
+        """Over a socket of `open_socket`, which stays in the namespace that it was made in."""
+        netlink = cls.__new__(cls)
+        netlink._sequence = 0
+        netlink._socket = opened
+        return netlink
 
     def __enter__(self) -> Self:
         return self
@@ -158,7 +166,8 @@ class Netlink:
                 at += length + 3 & ~3
 
 
-def _open() -> socket.socket:
+def open_socket() -> socket.socket:
+    """An rtnetlink socket in this network namespace."""
     opened = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
     )

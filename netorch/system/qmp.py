@@ -13,7 +13,7 @@ one waits in its backlog until the first has left.
 Guest agent (docs/interop/qemu-ga-ref): no greeting. The port may still hold what an earlier client
 left, so a session starts with 0xFF (which resets the agent's parser) and guest-sync-delimited,
 whose answer comes after a 0xFF of its own. There are no events: the end of a command can only be
-asked for again and again (`agent_exec`).
+asked for again and again (`Agent.run`).
 """
 
 import base64
@@ -33,6 +33,25 @@ from netorch.system.scope import Scope
 SECONDS = 30.0
 _AGENT_SECONDS = 5.0
 _DELAYS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)  # of guest-exec-status; the last one repeats
+CUT = "the guest agent hands over 16 MiB of a command's output, and dropped the rest"
+CUT_HINT = "let the command write to a file, and fetch that with `netorch copy`"
+_GRACE = 2.0  # from SIGTERM to SIGKILL, for a command in a guest that has to end
+
+# Signals a process and its descendants. Where a kernel lists children (/proc/PID/task/TID/children)
+# depends on its configuration; the parent in /proc/PID/stat it always has (proc(5): after the name,
+# which is in parentheses and may hold anything, state and parent).
+_KILL = """\
+tree() {
+    echo "$1"
+    for stat in /proc/[0-9]*/stat; do
+        { read -r line < "$stat"; } 2> /dev/null || continue
+        rest=${line##*) }
+        parent=${rest#* }
+        [ "${parent%% *}" != "$1" ] || (tree "${line%% *}")
+    done
+}
+kill -s "$1" $(tree "$2") 2> /dev/null
+"""
 
 
 class QmpError(NetorchError):
@@ -41,12 +60,13 @@ class QmpError(NetorchError):
 
 class Completed(NamedTuple):
     """A command that ran in a guest; `code` is its exit status, 128 + N if signal N ended it, None
-    if it still runs.
+    if its time was over. `cut` says that the agent has dropped a part of its output.
     """
 
     code: int | None
     out: bytes
     err: bytes
+    cut: bool = False
 
 
 @contextmanager
@@ -114,10 +134,12 @@ class _Lines:
         fds: Sequence[int] = (),
     ) -> None:
         message = {"execute": command, **({"arguments": arguments} if arguments else {})}
-        data = json.dumps(message).encode() + b"\n"
+        data = memoryview(json.dumps(message).encode() + b"\n")
         try:
-            sent = socket.send_fds(self._socket, [data], fds) if fds else 0
-            self._socket.sendall(data[sent:])
+            if fds:  # they go with the first bytes
+                data = data[socket.send_fds(self._socket, [data], fds) :]
+            while data:  # each part has the whole time limit, which with sendall they would share
+                data = data[self._socket.send(data) :]
         except OSError as error:
             raise QmpError(f"failed to ask {self._name}: {error}") from error
 
@@ -165,8 +187,33 @@ class Qmp(_Lines):
         arguments: Mapping[str, object] | None = None,
         fds: Sequence[int] = (),
     ) -> Any:
+        """The answer to a command, for which QEMU may be given descriptors."""
         self.send(command, arguments, fds)
         return self.answer(command)
+
+    def event(self, name: str, device: str, seconds: float) -> bool:
+        """Wait for an event about a device; False if it does not come in time, and then the session
+        is of no more use.
+        """
+        import time
+
+        deadline = time.monotonic() + seconds
+        while not any(
+            e["event"] == name and e.get("data", {}).get("device") == device for e in self._events
+        ):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._socket.settimeout(left)
+            try:
+                message = json.loads(self.line())
+            except QmpError as error:
+                if isinstance(error.__cause__, TimeoutError):
+                    return False
+                raise
+            self._events.append(message)
+        self._socket.settimeout(SECONDS)
+        return True
 
     def wait_event(self, satisfied: Callable[[Any], bool]) -> Any:
         """Wait for an event that satisfies, for as long as QEMU lives; the event."""
@@ -183,9 +230,11 @@ class Qmp(_Lines):
 class Agent(_Lines):
     """A session with the agent inside a guest."""
 
-    def __init__(self, path: Path, guest: str, seconds: float = _AGENT_SECONDS) -> None:
-        """Connect and synchronize, within `seconds`. Raises UsageError without guest, ReadyError
-        without agent.
+    def __init__(
+        self, path: Path, guest: str, seconds: float = _AGENT_SECONDS, each: float | None = None
+    ) -> None:
+        """Connect and synchronize, within `seconds`, which are for each later request too unless
+        `each` says otherwise. Raises UsageError without guest, ReadyError without agent.
         """
         try:
             client = connect(path, seconds)
@@ -204,10 +253,55 @@ class Agent(_Lines):
                 f"the guest agent of {guest} does not answer",
                 "the guest may still be booting; an image of your own needs qemu-guest-agent",
             ) from error
+        client.settimeout(each or seconds)
 
     def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         self.send(command, arguments)
         return self.answer(command)
+
+    def run(
+        self, argv: Sequence[str], input: bytes = b"", seconds: float | None = None
+    ) -> Completed:
+        """Run a command and wait for its end; after so many seconds it is ended, with all that it
+        started, and `code` is None.
+        """
+        pid = self.start(argv, input)
+        if (status := self._ended(pid, seconds)) is not None:
+            return _completed(status)
+        for signal in ("TERM", "KILL"):
+            killer = self.start(["/bin/sh", "-c", _KILL, "sh", signal, str(pid)])
+            self._ended(killer, _GRACE)
+            if (status := self._ended(pid, _GRACE)) is not None:
+                return _completed(status)._replace(code=None)
+        return Completed(None, b"", b"")  # somebody that it started still has its output open
+
+    def start(self, argv: Sequence[str], input: bytes = b"") -> int:
+        """Start a command; its pid in the guest."""
+        arguments: dict[str, object] = {
+            "path": argv[0],
+            "arg": list(argv[1:]),
+            "capture-output": True,
+        }
+        if input:
+            arguments["input-data"] = base64.b64encode(input).decode()
+        return int(self.ask("guest-exec", arguments)["pid"])
+
+    def _ended(self, pid: int, seconds: float | None) -> dict[str, Any] | None:
+        """The status of a command that `start` started, once it has ended; None after `seconds`.
+
+        The agent tells of a command's end only when asked, so this asks, at intervals from 2 to
+        250 ms.
+        """
+        import time
+
+        asked = 0
+        began = time.monotonic()
+        while not (status := self.ask("guest-exec-status", {"pid": pid}))["exited"]:
+            if seconds is not None and time.monotonic() - began >= seconds:
+                return None
+            time.sleep(_DELAYS[min(asked, len(_DELAYS) - 1)])
+            asked += 1
+        return dict(status)
 
 
 def agent_path(scope: Scope, guest: str) -> Path:
@@ -221,33 +315,14 @@ def agent_exec(
     input: bytes = b"",
     seconds: float | None = None,
 ) -> Completed:
-    """Run a command in a guest and wait for its end, or at most so many seconds.
+    """As `Agent.run`, over a connection of its own. Raises UsageError, ReadyError, QmpError."""
+    with Agent(agent_path(scope, guest), guest, each=SECONDS) as agent:
+        return agent.run(argv, input, seconds)
 
-    Raises UsageError, ReadyError, QmpError.
 
-    The agent tells of a command's end only when asked, so this asks, at intervals from 2 to 250 ms.
-    """
-    import time
-
-    with Agent(agent_path(scope, guest), guest) as agent:
-        arguments: dict[str, object] = {
-            "path": argv[0],
-            "arg": list(argv[1:]),
-            "capture-output": True,
-        }
-        if input:
-            arguments["input-data"] = base64.b64encode(input).decode()
-        pid = agent.ask("guest-exec", arguments)["pid"]
-        asked = 0
-        began = time.monotonic()
-        while not (status := agent.ask("guest-exec-status", {"pid": pid}))["exited"]:
-            if seconds is not None and time.monotonic() - began >= seconds:
-                return Completed(None, b"", b"")
-            time.sleep(_DELAYS[min(asked, len(_DELAYS) - 1)])
-            asked += 1
+def _completed(status: Mapping[str, Any]) -> Completed:
+    out, err = (base64.b64decode(status.get(f"{name}-data", "")) for name in ("out", "err"))
     code = status["exitcode"] if "exitcode" in status else 128 + status.get("signal", 0)
     return Completed(
-        code,
-        base64.b64decode(status.get("out-data", "")),
-        base64.b64decode(status.get("err-data", "")),
+        code, out, err, bool(status.get("out-truncated") or status.get("err-truncated"))
     )

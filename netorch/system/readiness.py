@@ -72,7 +72,7 @@ class Readiness:
 
     def _wait(self, names: Sequence[str], plan: Plan, hosts: bool = False) -> None:
         deadline = time.monotonic() + self._seconds
-        started = {a.key for a in plan if isinstance(a, Create)}
+        started = {a.key for a in plan if isinstance(a, Create)} | {*leases.asking_anew(plan)}
         names = [n for n in names if not self._goes_on(n)]
         asking = {f"guest:{n}" for n in names if self._guests[n].ready == "lease"}
         others = [n for n in names if f"guest:{n}" not in asking]

@@ -1,6 +1,6 @@
 """Saved guests: files with the running state of guests whose QEMU has ended.
 
-A state file is in the lab's directory of disks: a line that says what it is, a line with the Guest
+A state file is beside the guest's disks: a line that says what it is, a line with the Guest
 that it belongs to, and QEMU's migration stream. It has its name only when all of it is on the disk.
 
 A state is worth something only together with the disks as they were then. So whoever lets a guest
@@ -8,6 +8,7 @@ run drops its state first (`drop`): there is never a state of a guest that runs 
 stands still with its state there (netorch was killed in between) loses nothing by that.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Container
@@ -21,8 +22,8 @@ from netorch.system.accel import accelerator
 from netorch.system.scope import Scope
 
 MAGIC = b"netorch saved guest 1\n"
-_SUFFIX = ".state"
-_UNFINISHED = ".unsaved"
+_NAME = "running.state"
+_UNFINISHED = "running.unsaved"
 _HEADER = 1 << 16
 
 
@@ -34,18 +35,18 @@ class Saved(msgspec.Struct, frozen=True):
 
 
 def path(scope: Scope, guest: str) -> Path:
-    return scope.disks / f"{guest}{_SUFFIX}"
+    return scope.disks / guest / _NAME
 
 
 def unfinished(scope: Scope, guest: str) -> Path:
-    return scope.disks / f"{guest}{_UNFINISHED}"
+    return scope.disks / guest / _UNFINISHED
 
 
 def states(scope: Scope) -> dict[str, int]:
     """The saved guests, and when they were saved, in seconds since 1970."""
     return {
-        found.name.removesuffix(_SUFFIX): int(found.stat().st_mtime)
-        for found in sorted(scope.disks.glob(f"*{_SUFFIX}"))
+        found.parent.name: int(found.stat().st_mtime)
+        for found in sorted(scope.disks.glob(f"*/{_NAME}"))
     }
 
 
@@ -53,6 +54,8 @@ def drop(scope: Scope, guest: str) -> None:
     """Delete the state of a guest, whole or not; it is about to run, or will never again."""
     path(scope, guest).unlink(missing_ok=True)
     unfinished(scope, guest).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # its disks are there, or it has nothing there
+        (scope.disks / guest).rmdir()
 
 
 def keep_only(scope: Scope, guests: Container[str]) -> None:

@@ -15,6 +15,7 @@ What fails before 3 lets the guest go on, and deletes the file.
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from netorch.errors import NetorchError, UsageError
 from netorch.resources import Guest
@@ -34,9 +35,9 @@ def save(scope: Scope, guest: Guest, progress: Callable[[str], None]) -> None:
     name = guest.name
     if guest.state not in _CAN_BE_SAVED:
         raise UsageError(f"guest {name} can't be saved: its state is {guest.state!r}")
-    scope.disks.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = saved.unfinished(scope, name)
     try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             _write(scope, guest, fd)
@@ -50,7 +51,7 @@ def save(scope: Scope, guest: Guest, progress: Callable[[str], None]) -> None:
         if isinstance(error, OSError):
             raise NetorchError(f"failed to save guest {name}: {error}", "it runs on") from error
         raise
-    _sync_directory(scope)
+    _sync(file.parent)
     # What is ended by its person's will hasn't failed: the keeper has nothing to note.
     (directory_of(scope, name) / "process").unlink(missing_ok=True)
     end_guests(scope, running(scope).get(guest.key, ()))
@@ -90,8 +91,8 @@ def _go_on(scope: Scope, guest: Guest) -> None:
             qmp.ask("cont")
 
 
-def _sync_directory(scope: Scope) -> None:
-    fd = os.open(scope.disks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

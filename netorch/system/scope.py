@@ -18,6 +18,7 @@ import msgspec
 from netorch.resources import Resource, encode
 
 TABLE_PREFIX = "netorch_"
+PLACE_FILE = "place"  # in the run directory: the place's inode, and whether it is private
 CLAIMS_PREFIX = "netorchundo_"  # of the table that remembers what foreign interfaces were like
 
 
@@ -68,6 +69,14 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 def current_place() -> int:
     """The inode of this process's network namespace."""
     return os.stat("/proc/self/ns/net").st_ino
+
+
+def place_of(run: Path) -> int | None:
+    """The network namespace that a run directory belongs to, by the file that says so."""
+    try:
+        return int((run / PLACE_FILE).read_text().split()[0])
+    except (FileNotFoundError, ValueError, IndexError):
+        return None
 
 
 def run_base() -> Path:

@@ -203,8 +203,15 @@ class DhcpClients:
         return self._scope.run / "hosts" / client.host / f"udhcpc-{client.device}.log"
 
 
+def nic_key(mac: str) -> str:
+    """What `note_start` calls a NIC of a guest that runs."""
+    return f"nic:{mac}"
+
+
 def note_start(scope: Scope, keys: Iterable[str]) -> None:
-    """Write into dnsmasq's logs that these guests and hosts start: `leases` reads on from there."""
+    """Write into dnsmasq's logs that these guests, hosts or NICs start: `leases` reads on from
+    there.
+    """
     text = "".join(f"netorch: {key} starts\n" for key in keys).encode()
     for path in scope.run.glob("dnsmasq-*.log"):
         # One write at the end of the file: dnsmasq's own lines, which it appends too, stay whole.

@@ -36,6 +36,7 @@ class Link(msgspec.Struct, kw_only=True):
     mtu: int = 0
     up: bool = False
     running: bool = False  # up, and with a carrier
+    carrier: bool = False  # also of one that is down: a tap has it while a queue is open
     group: int = 0
     master: int = 0
     kind: str = ""
@@ -199,6 +200,7 @@ _LINK_ATTRIBUTES = {
     20: _set("alias", _text),
     26: _parse_families,
     27: _set("group", _number),
+    33: _set("carrier", any),
     52 | 0x8000: _parse_names,
 }
 

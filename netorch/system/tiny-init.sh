@@ -13,7 +13,9 @@
 #
 # Order is speed: under TCG every process that is started delays the lease (one `mount` or `ip`: 4
 # to 18 ms in a traced boot), so what the first DHCPDISCOVER does not need comes after it, and tests are the shell's own where it has one. Nothing here waits
-# by sleeping: devices that come later arrive as uevents. Every step may run twice.
+# by sleeping: devices that come and go later do so as uevents. Only of a link that comes back no
+# event tells a shell, so the kernel's count of that is read each second, which starts no process.
+# Every step may run twice.
 
 export PATH=/sbin:/bin HOME=/root TERM=${TERM:-linux}
 
@@ -36,11 +38,42 @@ orphans() {
 start_dhcp() {
     for nic in /sys/class/net/*; do
         nic=${nic##*/}
-        # Type 1 is Ethernet. udhcpc retries each second for ever, and stays to renew.
+        # Type 1 is Ethernet.
         [ -e "/sys/class/net/$nic/device" ] && once "dhcp.$nic" || continue
         ip link set "$nic" up
-        udhcpc -f -i "$nic" -s /lib/netorch/dhcp -p "/run/udhcpc.$nic.pid" -t 20 -T 1 -A 1 \
-            -O mtu ${HOST_NAME:+-x "hostname:$HOST_NAME"} > /dev/null 2>&1 &
+        ask "$nic"
+    done
+}
+
+# ask NIC: udhcpc retries each second for ever, and stays to renew.
+ask() {
+    udhcpc -f -i "$1" -s /lib/netorch/dhcp -p "/run/udhcpc.$1.pid" -t 20 -T 1 -A 1 \
+        -O mtu ${HOST_NAME:+-x "hostname:$HOST_NAME"} > /dev/null 2>&1 &
+}
+
+# ended NIC: it is gone, and so is what its DHCP client had.
+ended() {
+    read -r pid 2> /dev/null < "/run/udhcpc.$1.pid" && kill "$pid" 2> /dev/null
+    rm -f "/run/dhcp.$1" "/run/keep.$1" "/run/udhcpc.$1.pid" "/run/lease.$1" "/run/resolv.$1"
+    write_resolv
+}
+
+# Where a link comes back, the network may be another one: ask as if new, and keep the address until
+# there is an answer, or none for 20 s. By SIGKILL: the old udhcpc must not remove the new one's file.
+watch_links() {
+    mkfifo /run/never
+    exec 3<> /run/never
+    while :; do
+        for nic in /sys/class/net/eth*; do
+            nic=${nic##*/}
+            read -r ups 2> /dev/null < "/sys/class/net/$nic/carrier_up_count" || continue
+            eval "seen=\$ups_$nic; ups_$nic=$ups"
+            [ "${seen:-$ups}" != "$ups" ] || continue
+            read -r pid < "/run/udhcpc.$nic.pid" && kill -KILL "$pid" || continue
+            : > "/run/keep.$nic"
+            ask "$nic"
+        done 2> /dev/null
+        read -r -t 1 none <&3
     done
 }
 
@@ -49,6 +82,21 @@ start_agent() {
         read -r role 2> /dev/null < "$port/name" || continue
         [ "$role" = org.qemu.guest_agent.0 ] && once agent || continue
         qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run > /run/qemu-ga.log 2>&1 &
+    done
+}
+
+# A shell on the screen, where there is one (0x03: display controllers): tiny's serial console has
+# another.
+start_screen() {
+    for device in /sys/bus/pci/devices/*; do
+        read -r class < "$device/class"
+        case $class in
+            0x03*)
+                # In a session of its own, with the terminal as its controlling one.
+                while :; do setsid -c sh -l; done < /dev/tty1 > /dev/tty1 2>&1 &
+                return
+                ;;
+        esac
     done
 }
 
@@ -84,7 +132,9 @@ as_late() {
     mount -t devpts devpts /dev/pts
     mount -t tmpfs shm /dev/shm
     uevent /lib/netorch/hotplug > /dev/null 2>&1 &
+    watch_links &
     load_all
+    start_screen
     # A second look, for what came after the first one and before the listener was there.
     start_dhcp
 }
@@ -113,6 +163,7 @@ load_orphans() {
 }
 
 as_hotplug() {
+    [ "$ACTION $SUBSYSTEM" != "remove net" ] || ended "$INTERFACE"
     [ "$ACTION" = add ] || exit 0
     [ -z "$MODALIAS" ] || modprobe -q -b "$MODALIAS" 2> /dev/null
     case $SUBSYSTEM in
@@ -127,8 +178,9 @@ write_resolv() {
 
 as_dhcp() {
     case $1 in
-        deconfig)
-            # At the start of udhcpc there is nothing to take away.
+        deconfig | leasefail)
+            # At the start of udhcpc there is nothing to take away, or it is to stay for a while.
+            [ ! -e "/run/keep.$interface" ] || exec rm "/run/keep.$interface"
             [ -e "/run/lease.$interface" ] || exit 0
             rm -f "/run/lease.$interface" "/run/resolv.$interface"
             ip addr flush dev "$interface"

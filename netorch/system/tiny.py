@@ -4,7 +4,8 @@ Theory of operation
 -------------------
 The cache directory ($XDG_CACHE_HOME/netorch, by default ~/.cache/netorch) holds
 
-    tiny-<digest>/kernel, initrd     an image; the digest covers every byte of both
+    tiny-<digest>/kernel, initrd,    an image; the digest covers every byte
+                  vmlinuz
     tiny-current-<key>               a pointer: the name of the directory to use
     tiny.lock                        held (flock) by the one process that builds
 
@@ -54,9 +55,15 @@ CMDLINE = " ".join(
 
 @dataclass(frozen=True)
 class TinyImage:
-    """What QEMU needs for -kernel, -initrd and, as the start of it, -append."""
+    """What QEMU needs for -kernel, -initrd and, as the start of it, -append.
+
+    `vmlinuz` is the kernel as distributions have it, for firmware (UEFI) and other boot loaders;
+    `kernel` may be it unpacked. That starts earlier, but only `vmlinuz` knows the screen: Linux
+    learns of its text mode on its way through the BIOS (drivers/video/console/vgacon.c).
+    """
 
     kernel: Path
+    vmlinuz: Path
     initrd: Path
     cmdline: str
 
@@ -89,8 +96,13 @@ def _read(pointer: Path) -> TinyImage | None:
         directory = pointer.with_name(pointer.read_text())
     except FileNotFoundError:
         return None
-    image = TinyImage(directory / "kernel", directory / "initrd", CMDLINE)
-    return image if image.kernel.is_file() and image.initrd.is_file() else None
+    image = _in(directory)
+    parts = (image.kernel, image.vmlinuz, image.initrd)
+    return image if all(part.is_file() for part in parts) else None
+
+
+def _in(directory: Path) -> TinyImage:
+    return TinyImage(directory / "kernel", directory / "vmlinuz", directory / "initrd", CMDLINE)
 
 
 def _build(pointer: Path, init: bytes, progress: Callable[[str], None]) -> TinyImage:
@@ -124,4 +136,4 @@ def _build(pointer: Path, init: bytes, progress: Callable[[str], None]) -> TinyI
             new = Path(scratch, "pointer")
             new.write_text(directory.name)
             new.rename(pointer)
-    return TinyImage(directory / "kernel", directory / "initrd", CMDLINE)
+    return _in(directory)

@@ -45,7 +45,7 @@ _WANTED = (
 )
 _APPLETS = {
     *("sh", "init", "mount", "umount", "modprobe", "ip", "udhcpc", "uevent", "acpid"),
-    *("poweroff", "reboot", "cat", "rm", "mkdir", "sync"),
+    *("poweroff", "reboot", "cat", "rm", "mkdir", "sync", "setsid"),
 }
 _OWN_NAMES = {"init", "linuxrc", "poweroff", "halt", "reboot"}  # ours, in /sbin, not busybox's
 _LIBRARIES = (
@@ -83,7 +83,7 @@ class _Kernel:
 
 
 def build(init: bytes, result: Path, scratch: Path, progress: Progress) -> str:
-    """Write ``kernel`` and ``initrd`` into the directory ``result``; the digest of both.
+    """Write ``kernel``, ``vmlinuz`` and ``initrd`` into ``result``; the digest of all.
 
     ``scratch`` is a directory for packages while they are unpacked. Raises ImageError.
     """
@@ -96,13 +96,15 @@ def build(init: bytes, result: Path, scratch: Path, progress: Progress) -> str:
     busybox = _host_busybox() or _packaged_busybox(scratch / "busybox", progress)
     agent = _agent(scratch / "agent", progress)
     progress("writing the kernel and the initramfs of the image tiny")
-    image = _bootable(kernel.image)
+    vmlinuz = kernel.image.read_bytes()
+    image = _bootable(vmlinuz)
     initrd = initramfs.newc(
         [*_skeleton(init), *_programs(busybox), *_drivers(kernel), *_files(agent)]
     )
     (result / "kernel").write_bytes(image)
+    (result / "vmlinuz").write_bytes(vmlinuz)
     (result / "initrd").write_bytes(initrd)
-    return hashlib.sha256(hashlib.sha256(image).digest() + initrd).hexdigest()[:16]
+    return hashlib.sha256(hashlib.sha256(vmlinuz).digest() + initrd).hexdigest()[:16]
 
 
 def _host_kernel() -> _Kernel | None:
@@ -207,9 +209,8 @@ def _decompress(data: bytes) -> bytes | None:
     return None
 
 
-def _bootable(path: Path) -> bytes:
+def _bootable(image: bytes) -> bytes:
     """The unpacked kernel where QEMU can enter it directly, else the image as it is."""
-    image = path.read_bytes()
     try:
         kernel = _decompress(initramfs.compressed_kernel(image))
         return kernel if kernel and initramfs.has_pvh_entry(kernel) else image

@@ -11,7 +11,7 @@ import msgspec
 
 from netorch.errors import KernelError
 from netorch.planner import Action, Create, Delete, Update
-from netorch.resources import Namespace, Resource, Tap, Veth
+from netorch.resources import Guest, Namespace, Resource, Tap, Veth
 from netorch.state import EMPTY, State
 
 
@@ -72,7 +72,11 @@ class FakeSystem:
         for key, resource in list(self.there.items()):
             if gone.key not in resource.needs:
                 continue
-            if isinstance(resource, Tap):
+            if isinstance(resource, Guest):
+                left = resource.after_replace(gone.key)
+                if left is not None:
+                    self.there[key] = left
+            elif isinstance(resource, Tap):
                 self.there[key] = msgspec.structs.replace(resource, bridge="")
             elif isinstance(resource, Veth):
                 if isinstance(gone, Namespace):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from netorch.compiler import compile
 from netorch.facts import Facts, Uplink
-from netorch.model import Guest, Host, HostNic, Lab, Mode, Network, Nic, Taps, Topology
+from netorch.model import Disk, Guest, Host, HostNic, Lab, Mode, Network, Nic, Taps, Topology
 from netorch.state import State
 
 MODES: tuple[Mode, ...] = ("nat", "route", "open", "isolated", "bridge")
@@ -33,6 +33,10 @@ def random_topology(rng: random.Random) -> Topology:
             memory=rng.choice([128, 256]),
             nics=tuple(
                 Nic(network=rng.choice(names), model=rng.choice(MODELS))  # type: ignore[arg-type]
+                for _ in range(rng.randint(0, 2))
+            ),
+            disks=tuple(
+                rng.choice([Disk(size="1G"), Disk(file="/images/data.img", bus="nvme")])
                 for _ in range(rng.randint(0, 2))
             ),
         )

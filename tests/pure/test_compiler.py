@@ -14,16 +14,20 @@ from netorch.errors import NetorchError
 from netorch.facts import Facts, Interface, Uplink
 from netorch.model import Guest as GuestModel
 from netorch.model import Lab, Nic, Topology
+from netorch.planner import diff
 from netorch.resources import (
     Bridge,
     BridgeUplink,
+    DiskLayer,
     Dnsmasq,
     Forwarding,
     Guest,
+    Overlay,
     Resource,
     Ruleset,
     Tap,
     Veth,
+    Volume,
 )
 from netorch.state import State
 from netorch.topology import load, parse
@@ -258,3 +262,77 @@ def test_somebody_elses_bridge_is_no_resource() -> None:
     (tap,) = state.of(Tap)
     assert (tap.bridge, tap.network, tap.mtu) == ("br7", "", 1400)
     assert tap.needs == ("record",)
+
+
+DISKS = """
+[guests.vm1]
+image = "os.img"
+bus = "sata"
+disks = [
+    { file = "data.img" },
+    { size = "10G", name = "scratch", bus = "nvme", serial = "A 1" },
+    { file = "top", bus = "ide", backing = [{ file = "sub/base", format = "raw" }] },
+    { file = "/dev/sdb", format = "raw", persistent = true, bus = "scsi" },
+    { file = "install.iso", cdrom = true, bus = "ide" },
+]
+"""
+
+
+def test_disks() -> None:
+    """The image comes first; files get the lab's own overlays, unless they are written or read."""
+    formats = {"/labs/os.img": "qcow2", "/labs/data.img": "raw", "/labs/top": "qcow2"}
+    formats["/labs/install.iso"] = "raw"
+    state = compiled(DISKS, msgspec.structs.replace(FACTS, formats=formats))
+    guest = state.get("guest:vm1")
+    assert isinstance(guest, Guest)
+    assert [(d.name, d.bus, d.unit, d.use, d.serial, d.bootindex) for d in guest.disks] == [
+        ("image", "sata", 0, "overlay", "image", 1),
+        ("disk0", "virtio", 0, "overlay", "disk0", 0),
+        ("scratch", "nvme", 0, "volume", "A 1", 0),
+        ("disk2", "sata", 1, "overlay", "disk2", 0),
+        ("disk3", "scsi", 0, "write", "disk3", 0),
+        ("disk4", "sata", 2, "read", "disk4", 0),
+    ]
+    assert [layer for disk in guest.disks for layer in disk.layers] == [
+        DiskLayer("/labs/os.img", "qcow2"),
+        DiskLayer("/labs/data.img", "raw"),
+        DiskLayer("/labs/top", "qcow2"),
+        DiskLayer("/labs/sub/base", "raw"),
+        DiskLayer("/dev/sdb", "raw"),
+        DiskLayer("/labs/install.iso", "raw"),
+    ]
+    assert [r for r in state if isinstance(r, Overlay | Volume)] == [
+        Overlay(guest="vm1", disk="image", image="/labs/os.img", format="qcow2"),
+        Overlay(guest="vm1", disk="disk0", image="/labs/data.img", format="raw"),
+        Volume(guest="vm1", disk="scratch", size=10 << 30),
+        Overlay(guest="vm1", disk="disk2", image="/labs/top", format="qcow2"),
+    ]
+    assert {need for need in guest.needs if need.startswith(("overlay:", "volume:"))} == {
+        *("overlay:vm1:image", "overlay:vm1:disk0", "volume:vm1:scratch", "overlay:vm1:disk2"),
+    }
+    on_pc = compiled(DISKS.replace("image =", 'machine = "pc"\nimage ='), FACTS).get("guest:vm1")
+    assert isinstance(on_pc, Guest)
+    places = [(disk.bus, disk.unit) for disk in on_pc.disks if disk.bus in ("ide", "sata")]
+    assert places == [("sata", 0), ("ide", 0), ("ide", 1)]
+
+
+def test_a_disk_in_the_middle_goes_and_the_others_stay_what_they_are() -> None:
+    rows = [f'{{ size = "1G", name = "{name}" }}' for name in ("a", "b", "c")]
+    before = compiled(f"[guests.vm1]\ndisks = [{', '.join(rows)}]")
+    after = compiled(f"[guests.vm1]\ndisks = [{rows[0]}, {rows[2]}]")
+    plan = diff(after, before)
+    assert [line for line in plan.describe() if "disk" in line.split()[1]] == [
+        "delete disk b of vm1, 1G"
+    ]
+
+
+def test_a_volume_grows_and_never_shrinks() -> None:
+    small, large = (compiled(f'[guests.vm1]\ndisks = [{{ size = "{n}G" }}]') for n in (1, 2))
+    assert [line for line in diff(large, small).describe() if "record" not in line] == [
+        "update disk disk0 of vm1, 2G: size 1073741824 -> 2147483648"
+    ]
+    old, new = large.get("volume:vm1:disk0"), small.get("volume:vm1:disk0")
+    assert old is not None
+    assert new is not None
+    assert "can't shrink to 1G" in old.refuses(new)
+    assert not new.refuses(old)

@@ -17,6 +17,8 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "`[networks.NAME]`": model.Network,
     "`dhcp`": model.Dhcp,
     "`[guests.NAME]`": model.Guest,
+    "`disks` of a guest": model.Disk,
+    "`backing` of a disk": model.Layer,
     "`nics` of a guest": model.Nic,
     "`[hosts.NAME]`": model.Host,
     "`nics` of a host": model.HostNic,

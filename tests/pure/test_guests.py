@@ -8,28 +8,38 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from netorch.disk_devices import Disk
+from netorch import disk_devices
+from netorch.disk_devices import Source
 from netorch.guests import Descriptors, Kernel, argv
-from netorch.model import Model
+from netorch.model import Bus, Model
 from netorch.nic_devices import MODELS
-from netorch.resources import Guest
-from tests.guest_shapes import SHAPES, guest, nic
+from netorch.resources import DiskLayer, Guest, GuestDisk
+from netorch.topology_disks import CDROM_BUSES
+from tests.guest_shapes import SHAPES, disk, guest, nic
 
 GOLDEN = Path(__file__).parent / "golden" / "guests"
 KERNEL = Kernel(Path("/cache/kernel"), Path("/cache/initrd"), "console=ttyS0 quiet")
 
 
-def render(shape: Guest, accel: str = "tcg", overlay: str = "/disks/vm1.qcow2") -> list[str]:
-    numbers = count(10)
+def render(shape: Guest, accel: str = "tcg") -> list[str]:
+    numbers, sets = count(10), count(1)
     fds = Descriptors(
         qmp=next(numbers),
         serial=next(numbers),
         agent=next(numbers),
         taps=tuple(tuple(next(numbers) for _ in range(nic.queues)) for nic in shape.nics),
+        disks=tuple(
+            tuple(Source(next(numbers), next(sets)) for _ in range(files_behind(disk)))
+            for disk in shape.disks
+        ),
     )
-    boot = KERNEL if shape.image == "tiny" else Disk(Path(overlay), next(numbers), shape.format)
+    kernel = KERNEL if shape.image == "tiny" else None
     log = f"guests/{shape.name}/serial.log"
-    return argv(shape, program="/usr/bin/qemu", accel=accel, boot=boot, fds=fds, log=log)
+    return argv(shape, program="/usr/bin/qemu", accel=accel, kernel=kernel, fds=fds, log=log)
+
+
+def files_behind(disk: GuestDisk) -> int:
+    return len(disk.layers) + (disk.use in ("overlay", "volume"))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -49,11 +59,76 @@ def test_every_model_of_the_file_has_a_front_end() -> None:
     assert set(MODELS) == set(msgspec.json.schema(Model)["enum"])
 
 
-def test_a_comma_in_a_path_does_not_become_an_option() -> None:
-    overlay = "/disks/a,b=c/vm1.qcow2"
-    words = render(SHAPES["qcow2"], overlay=overlay)
-    disk = next(json.loads(word) for word in words if '"disk"' in word)
-    assert disk["file"]["filename"] == overlay
+def back_ends(bus: str) -> dict[str, tuple[GuestDisk, list[Source]]]:
+    """Every kind of back-end on one bus, with its files."""
+    raw, qcow2 = DiskLayer("/a, b=c.img", "raw"), DiskLayer("/b.qcow2", "qcow2")
+    use = "use"
+    made: dict[str, tuple[dict[str, object], list[Source]]] = {
+        "new": ({use: "volume"}, [Source(10, 1)]),
+        "raw": ({use: "overlay", "layers": (raw,)}, [Source(10, 1), Source(11, 2)]),
+        "qcow2": ({use: "overlay", "layers": (qcow2,)}, [Source(10, 1), Source(11, 2)]),
+        "chain": (
+            {use: "overlay", "layers": (qcow2, qcow2, raw)},
+            [Source(10 + i, 1 + i) for i in range(4)],
+        ),
+        "device": ({use: "overlay", "layers": (raw,)}, [Source(10, 1), Source(11, 2, True)]),
+        "persistent-raw": ({use: "write", "layers": (raw,)}, [Source(10, 1)]),
+        "persistent-qcow2": ({use: "write", "layers": (qcow2,)}, [Source(10, 1)]),
+        "persistent-chain": (
+            {use: "write", "layers": (qcow2, raw)},
+            [Source(10, 1), Source(11, 2)],
+        ),
+        "persistent-device": ({use: "write", "layers": (raw,)}, [Source(10, 1, True)]),
+    }
+    if bus not in ("ide", "sata"):
+        made["readonly"] = ({use: "read", "layers": (qcow2,)}, [Source(10, 1)])
+    if bus in CDROM_BUSES:
+        made["cdrom"] = ({use: "read", "layers": (raw,), "cdrom": True}, [Source(10, 1)])
+    unit = 3 if bus in ("ide", "sata") else 0
+    return {
+        name: (disk("data", bus, serial="S1", unit=unit, **fields), sources)
+        for name, (fields, sources) in made.items()
+    }
+
+
+@pytest.mark.parametrize("bus", disk_devices.FRONT_ENDS)
+def test_every_back_end_of_a_disk(bus: str, golden: Callable[[Path, str], None]) -> None:
+    parts = []
+    for name, (one, sources) in back_ends(bus).items():
+        words = [f"{name}:"]
+        for option, value in disk_devices.options([one], [sources]):
+            words.append(f"{option} {value if isinstance(value, str) else json.dumps(value)}")
+        parts.append("\n    ".join(words))
+    golden(GOLDEN.with_name("disks") / f"{bus}.txt", "\n\n".join(parts) + "\n")
+
+
+def test_disks_of_one_bus_share_its_controller() -> None:
+    disks = [disk(f"d{index}", bus) for index, bus in enumerate(["scsi", "usb", "scsi", "nvme"])]
+    sources = [[Source(10 + index, index)] for index in range(4)]
+    drivers = [
+        value["driver"]
+        for option, value in disk_devices.options(disks, sources)
+        if option == "-device" and isinstance(value, dict)
+    ]
+    assert drivers == [
+        *("virtio-scsi-pci", "qemu-xhci"),
+        *("scsi-hd", "usb-storage", "scsi-hd", "nvme"),
+    ]
+
+
+def test_every_bus_of_the_file_has_a_front_end() -> None:
+    assert set(disk_devices.FRONT_ENDS) == set(msgspec.json.schema(Bus)["enum"])
+    assert set(disk_devices.CDROMS) == set(CDROM_BUSES)
+
+
+def test_every_file_is_the_descriptor_that_was_opened() -> None:
+    """And no path of the person's is on the command line."""
+    for one, sources in back_ends("virtio").values():
+        nodes = disk_devices.blockdevs(one, sources)
+        files = [node["file"] for node in reversed(nodes)]
+        names = [file["filename"] for file in files if isinstance(file, dict)]
+        assert names == [f"/dev/fdset/{source.set}" for source in sources]
+        assert "b.qcow2" not in json.dumps(nodes)
 
 
 def test_each_queue_has_its_descriptor() -> None:

@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "netorch"
 POLLS = {
     PACKAGE / "system/qmp.py",  # the guest agent tells of a command's end only when asked
+    PACKAGE / "system/screen.py",  # QEMU tells nobody when a key has been pressed
     PACKAGE / "system/readiness.py",  # nothing tells when a guest begins to listen on a port
 }
 

@@ -15,7 +15,8 @@ import pytest
 from netorch import labs
 from netorch.engine import Progress
 from netorch.errors import NetorchError
-from netorch.resources import Resource
+from netorch.nic_devices import netdev_id
+from netorch.resources import Guest, Resource
 from netorch.state import State
 from netorch.system.explain import Hop, explain
 from netorch.system.firewall import Firewall
@@ -147,6 +148,9 @@ def qmp(vm: str, command: str, **arguments: object) -> Change:
     def ask(scope: Scope, desired: State) -> None:
         with Qmp(scope.run / "guests" / vm / "qmp.sock", vm) as session:
             session.ready()
+            if command == "set_link":
+                (running,) = (guest for guest in desired.of(Guest) if guest.name == vm)
+                arguments["name"] = netdev_id(running.nics[0].mac)
             session.ask(command, arguments)
 
     return ask
@@ -224,8 +228,8 @@ BREAKINGS: dict[str, tuple[Change, Change, str, str, str]] = {
         *("vm1", "server", "bridge port vm1-0"),
     ),
     "QEMU's link off": (
-        qmp("vm1", "set_link", name="net0", up=False),
-        qmp("vm1", "set_link", name="net0", up=True),
+        qmp("vm1", "set_link", up=False),
+        qmp("vm1", "set_link", up=True),
         *("vm1", "server", "NIC eth0 of vm1"),
     ),
     "guest's NIC down": (

@@ -24,7 +24,7 @@ from netorch.system.processes import end, leaders, marked
 from netorch.system.qmp import Qmp, agent_exec
 from netorch.system.scope import Scope, current_place
 from netorch.system.watch import Watch
-from tests.guest_shapes import SHAPES, guest
+from tests.guest_shapes import SHAPES, guest, image_disk
 from tests.isolation import ip
 from tests.kernel.machine import on_a_machine
 
@@ -70,6 +70,11 @@ def wait_for_console(scope: Scope, text: bytes, name: str = "vm1") -> None:
             watch.wait(deadline - time.monotonic())
 
 
+def with_image(wanted: Guest, path: Path, image_format: str) -> Guest:
+    disks = (image_disk(image_format, str(path)),)
+    return msgspec.structs.replace(wanted, image=str(path), disks=disks)
+
+
 def nothing(resource: Resource) -> None:
     pass
 
@@ -81,19 +86,20 @@ def test_shape(name: str, tmp_path: Path) -> None:
     if wanted.image != "tiny":
         base = tmp_path / "a, base.img"
         base.write_bytes(BOOT_SECTOR.ljust(1 << 20, b"\0"))
-        if wanted.format == "qcow2":
+        image_format = wanted.disks[0].layers[0].format
+        if image_format == "qcow2":
             base = base.rename(tmp_path / "raw")
             command = ["qemu-img", "convert", "-O", "qcow2", str(base), str(tmp_path / "base.img")]
             subprocess.run(command, check=True)
             base = tmp_path / "base.img"
-        wanted = msgspec.structs.replace(wanted, image=str(base))
+        wanted = with_image(wanted, base, image_format)
         before = base.read_bytes()
     make_taps(wanted)
     with lab(tmp_path) as (scope, guests):
         assert guests.check([wanted]) == []
         if wanted.image != "tiny":
-            overlay = Overlay(guest=wanted.name, image=wanted.image, format=wanted.format)
-            disks.Overlays(scope).create([overlay], nothing)
+            overlay = Overlay(guest="vm1", disk="image", image=str(base), format=image_format)
+            disks.Disks(scope).create([overlay], nothing)
         done: list[Resource] = []
         guests.create([wanted], done.append)
         assert done == [wanted] == list(guests.observe())
@@ -181,11 +187,14 @@ def test_images_that_can_not_be_used_are_named(tmp_path: Path) -> None:
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw"]
     subprocess.run([*command, str(overlay)], check=True)
     with lab(tmp_path) as (_scope, guests):
-        missing = guest(image=str(tmp_path / "none"), format="raw")
+        missing = with_image(guest(), tmp_path / "none", "raw")
         assert guests.check([missing]) == [
             f"failed to read image {tmp_path}/none: No such file or directory"
         ]
-        assert f"is itself an overlay, of {base}" in guests.check([guest(image=str(overlay))])[0]
+        assert (
+            f"is itself an overlay, of {base}"
+            in guests.check([with_image(guest(), overlay, "qcow2")])[0]
+        )
         holder = subprocess.Popen(
             [
                 *("qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-accel", "tcg"),
@@ -200,7 +209,7 @@ def test_images_that_can_not_be_used_are_named(tmp_path: Path) -> None:
         holder.stdin.flush()
         holder.stdout.readline()  # the greeting, which comes before the disks are opened
         holder.stdout.readline()
-        reasons = guests.check([guest(image=str(base), format="raw")])
+        reasons = guests.check([with_image(guest(), base, "raw")])
         holder.terminate()
         holder.communicate()
         (reason,) = reasons
@@ -211,10 +220,10 @@ def test_images_that_can_not_be_used_are_named(tmp_path: Path) -> None:
 def test_an_overlay_outlives_its_guest_and_is_refused_over_a_changed_image(tmp_path: Path) -> None:
     base = tmp_path / "base.img"
     base.write_bytes(BOOT_SECTOR.ljust(1 << 20, b"\0"))
-    wanted = guest(nics=(), image=str(base), format="raw")
+    wanted = with_image(guest(nics=()), base, "raw")
     with lab(tmp_path) as (scope, guests):
-        overlays = disks.Overlays(scope)
-        overlay = Overlay(guest="vm1", image=str(base), format="raw")
+        overlays = disks.Disks(scope)
+        overlay = Overlay(guest="vm1", disk="image", image=str(base), format="raw")
         overlays.create([overlay], nothing)
         assert list(overlays.observe()) == [overlay]
         guests.create([wanted], nothing)
@@ -223,7 +232,7 @@ def test_an_overlay_outlives_its_guest_and_is_refused_over_a_changed_image(tmp_p
         assert guests.check([wanted]) == []
         os.utime(base, (time.time() + 5, time.time() + 5))
         (reason,) = guests.check([wanted])
-        assert f"image {base} was written to after the disk of guest vm1" in reason
+        assert f"image {base} was written to after the disk image of guest vm1" in reason
         overlays.delete([overlay], nothing)
         overlays.delete([overlay], nothing)
         assert list(overlays.observe()) == []

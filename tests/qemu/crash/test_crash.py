@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from netorch import labs
 from netorch.labs import PlaceChoice
+from netorch.system.qmp import Qmp
 from tests.isolation import ip
 from tests.whole_labs import (
     KILLED,
@@ -49,6 +51,7 @@ network = "lan"
 count = 2
 """
 LONG = "timeout = 60"
+LIST = ["sh", "-c", "ls -d /run/lease.eth*"]  # of the addresses that the guest has
 
 
 def leased(machine: LabMachine) -> list[str]:
@@ -203,3 +206,44 @@ def test_a_missing_qemu_is_named(lab_machine: Make) -> None:
     assert done.status == 1
     assert "qemu-system-x86_64 is not installed" in done.err
     assert machine.leftovers() == []
+
+
+def test_killed_at_each_command_of_a_hot_plug(
+    lab_machine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever QEMU was told last: the next apply makes the NIC whole, or takes all of it away."""
+    machine = lab_machine()
+    one = DEFAULT
+    two = DEFAULT.replace('122.6" }]', '122.6" }, { network = "default" }]')
+    machine.write(one, LONG)
+    machine.up()
+    pid = machine.processes()["guest:vm1"]
+    number, killed = 0, [True, True]
+    while any(killed):
+        number += 1
+        for index, text in enumerate((two, one)):
+            machine.write(text, LONG)
+            with monkeypatch.context() as patched:
+                patched.setattr(Qmp, "send", killed_at(number))
+                killed[index] = in_child(lambda: machine.apply_here(At(1000, kill_self))) == KILLED
+            machine.up()
+            assert machine.differences() == []
+            assert machine.processes()["guest:vm1"] == pid
+            assert len(machine.netorch("exec", "vm1", "--", *LIST).out.split()) == 2 - index
+    assert number > 4
+
+
+def killed_at(number: int) -> Callable[..., None]:
+    """Qmp.send, but it kills this process instead of the n-th command that changes anything."""
+    changing = ("object-", "getfd", "closefd", "netdev_", "device_")
+    send = Qmp.send
+    left = number
+
+    def counted(self: Qmp, command: str, *arguments: Any) -> None:
+        nonlocal left
+        left -= command.startswith(changing)
+        if left == 0:
+            kill_self()
+        send(self, command, *arguments)
+
+    return counted

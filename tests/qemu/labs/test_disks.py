@@ -73,7 +73,7 @@ def test_an_image_that_cannot_be_used_is_one_error_and_nothing_is_changed(
     refused(f"failed to read image {qcow2}: No such file")
     raw.unlink()
     raw.mkdir()
-    refused(f"failed to read image {raw}: Is a directory")
+    refused(f"failed to open image {raw}: it is a directory")
     command = ["qemu-img", "create", "-q", "-f", "qcow2", str(qcow2), "1M"]
     subprocess.run(command, check=True)
     raw.rmdir()
@@ -113,7 +113,7 @@ def _boot_sector() -> bytes:
 
 
 def _overlay(lab: Lab, guest: str) -> Path:
-    return lab.machine.disks_base / lab.name / f"{guest}.qcow2"
+    return lab.machine.disks_base / lab.name / guest / "image.qcow2"
 
 
 def _digest(path: Path) -> str:

@@ -31,6 +31,13 @@ def test_two_labs_with_one_subnet(machine: Machine) -> None:
     for lab, other in (labs, labs[::-1]):
         lab.sh("vm1", f"test -e /{lab.name} && ! test -e /{other.name}")
         lab.unchanged()
+    taps = json.loads(machine.netorch("taps", "--json", "vm1-0").stdout)
+    for lab in labs:
+        (row,) = (row for row in taps if row["lab"] == lab.name)
+        assert (row["place"], row["state"], row["namespace_from"]) == ("private", "open", "kernel")
+        assert row["namespace"] == listed[lab.name]["place"]["inode"]
+        assert (row["guest"], row["address"]) == ("vm1", "192.168.122.6")
+        assert machine.netorch("taps", str(row["pid"])).stdout.count("vm1-0") == 1
     for command in (["status"], ["teardown"], ["leases"]):
         refused = machine.netorch(*command, status=2)
         assert "more than one lab is running: say which" in refused.stderr

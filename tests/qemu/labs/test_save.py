@@ -54,7 +54,7 @@ def test_a_saved_guest_goes_on(machine: Machine) -> None:
 
     said = machine.netorch("save", "vm1").stderr
     assert "vm1 is saved: " in said
-    state = machine.disks_base / lab.name / "vm1.state"
+    state = machine.disks_base / lab.name / "vm1" / "running.state"
     assert state.stat().st_mode & 0o777 == 0o600
     assert [row["key"] for row in _missing(lab)] == ["guest:vm1"]
     assert abs(_missing(lab)[0]["saved"] - time.time()) < 60
@@ -68,7 +68,7 @@ def test_a_saved_guest_goes_on(machine: Machine) -> None:
     said = machine.netorch("start", "vm1").stderr
     assert "vm1 goes on from 20" in said
     assert _processor_seconds(qemu(lab)) < cold / 2
-    assert list(state.parent.iterdir()) == []
+    assert not state.parent.exists()
     after = _count(lab)
     assert before < after < before + 10_000
     assert abs(int(lab.sh("vm1", "date +%s")) - time.time()) < 2
@@ -119,7 +119,7 @@ def _no_space_leaves_it_running(lab: Lab) -> None:
 def _killed_commands_lose_nothing(lab: Lab) -> None:
     """After each, an apply makes it whole, and the same process counts on in the guest."""
     pid = qemu(lab)
-    for function in ("wait_migrated", "os.fsync", "_sync_directory"):
+    for function in ("wait_migrated", "os.fsync", "_sync"):
         _killed(lab, "saving", function, "save", "vm1")
         assert lab.machine.netorch("status", lab.name, status=3)
         lab.machine.netorch("apply", str(lab.file))

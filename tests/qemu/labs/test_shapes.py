@@ -7,6 +7,7 @@ What the golden files of tests/pure/golden render, and where it runs for real:
     states/hosts-only        test_hosts_only
     states/isolated          test_isolated
     states/quickstart        test_nodes.test_quickstart_and_commands_in_its_nodes
+    states/screen            test_access.test_files_keys_and_pictures
     states/taps              test_taps_for_a_machine_that_something_else_starts
     states/three-nics        test_nics.test_three_nics_take_leases_and_move_a_megabyte_each_way
     states/virbr0-vs-br0     test_packets.test_virbr0_and_br0
@@ -16,12 +17,14 @@ What the golden files of tests/pure/golden render, and where it runs for real:
       e1000, rtl8139           test_nics (three-models: with all in one guest, test_every_mode...)
       qcow2, raw               test_disks.test_guests_write_to_overlays_and_never_to_the_image
       vnc                      test_nodes.test_console_and_screen
+      vnc-socket               test_access
     mistakes/*               never reach a machine
 
 Modes: nat, bridge in test_packets; isolated, route, open, no DHCP, no DNS, no address, STP here;
 MTU and domain in test_names. test_golden_files_are_all_exercised holds this list to the directory.
 """
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -151,6 +154,19 @@ def test_every_mode_side_by_side(machine: Machine) -> None:
         "10.1.0",
         "10.4.0",
     ]
+    pid = next(
+        row["pid"]
+        for row in json.loads(machine.netorch("taps", "--json", "big-0").stdout)
+        if row["lab"] == lab.name
+    )
+    rows = json.loads(machine.netorch("taps", "--json", str(pid)).stdout)
+    shown = ("tap", "bridge", "queues", "model")
+    assert [[row[name] for name in shown] for row in rows] == [
+        ["big-0", "br-routed", 2, "virtio-net-pci"],
+        ["big-1", "br-nat", 1, "e1000"],
+        ["big-2", "br-quiet", 1, "rtl8139"],
+    ]
+    assert [f"{row['address']}/24" for row in rows] == addresses[1:]
     assert lab.sh("big", f"nc 10.5.0.5 {PORT}").split()[0] == addresses[1].partition("/")[0]
     assert lab.sh("big", f"nc {hosts['quiet']} {PORT}").split()[0] == addresses[3].partition("/")[0]
 
@@ -209,10 +225,17 @@ def test_taps_for_a_machine_that_something_else_starts(machine: Machine) -> None
     wait_for(other.run / "dnsmasq-second.leases", lambda text: "52:54:00:99:00:02" in text)
     lab.unchanged()
     other.unchanged()
+    found = json.loads(machine.netorch("taps", "--json").stdout)
+    rows = {row["tap"]: row for row in found if row["place"] == "here"}
+    assert [rows[f"lab{number}"]["state"] for number in range(4)] == ["open", *["free"] * 3]
+    stranger = [rows["lab0"][name] for name in ("bridge", "model", "mac", "address", "lab")]
+    assert stranger == ["virbr0", "virtio-net-pci", mac, address, lab.name]
+    many = rows["many0"]
+    assert (many["queues"], len(many["descriptors"]), many["lab"]) == (2, 2, other.name)
 
 
 def test_golden_files_are_all_exercised(machine: Machine) -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == {"guests", "mistakes", "states"}
+    assert {path.name for path in GOLDEN.iterdir()} == {"disks", "guests", "mistakes", "states"}
     assert {path.stem for path in (GOLDEN / "guests").iterdir()} == set(SHAPES)
     sources = [path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py")]
     for kind in (GOLDEN / "states", TOPOLOGIES):

@@ -1,0 +1,153 @@
+"""Runs the jobs and writes the table: `scripts/bench [LETTER...]`. Needs root (namespaces)."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.jobs import Job, Tools, all_jobs
+from bench.turns import Figure, exponent, measure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+# What a figure is divided by: the first of these that took part.
+BASES = ("script", "C floor", "bare interpreter")
+
+
+def main() -> None:
+    venv = Path(sys.argv[1])
+    letters = sys.argv[2:]
+    began = time.time()
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        tools = _tools(venv, Path(scratch))
+        os.environ["BENCH_TINY"] = _tiny(tools)
+        jobs = [job for job in all_jobs(tools) if not letters or job.letter in letters]
+        found = {job.letter: _run(job, Path(scratch)) for job in jobs}
+    machine = _machine()
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "results.json").write_text(
+        json.dumps(
+            {
+                "machine": machine,
+                "seconds": round(time.time() - began),
+                "jobs": {
+                    job.letter: {"title": job.title, "figures": _plain(found[job.letter])}
+                    for job in jobs
+                },
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    text = _table(jobs, found, machine, time.time() - began)
+    (RESULTS / "results.md").write_text(text)
+    print(text)
+
+
+def _run(job: Job, scratch: Path) -> dict[str, dict[str, Figure]]:
+    def say(line: str) -> None:
+        print(f"{job.letter} {line}", file=sys.stderr, flush=True)
+
+    return measure(job.contenders, job.turns, scratch / job.letter, say)
+
+
+def _tools(venv: Path, scratch: Path) -> Tools:
+    floor = scratch / "floor"
+    source = ROOT / "bench" / "floor.c"
+    subprocess.run(["cc", "-O2", "-o", str(floor), str(source)], check=True)
+    return Tools(str(venv / "bin/netorch"), str(venv / "bin/python"), str(floor))
+
+
+def _tiny(tools: Tools) -> str:
+    """Paths of the image tiny, built if it has to be, as JSON."""
+    program = (
+        "import json\nfrom netorch.system.tiny import tiny_image\n"
+        "i = tiny_image(print)\n"
+        "print(json.dumps({'kernel': str(i.kernel), 'initrd': str(i.initrd), "
+        "'cmdline': i.cmdline}))"
+    )
+    said = subprocess.run([tools.python, "-c", program], capture_output=True, text=True, check=True)
+    return said.stdout.splitlines()[-1]
+
+
+def _machine() -> dict[str, str]:
+    model = next(
+        (
+            line.partition(": ")[2]
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "?",
+    )
+    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True)
+    return {
+        "date": time.strftime("%F"),
+        "cpu": f"{os.cpu_count()} x {model}",
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "qemu": qemu.stdout.splitlines()[0] if qemu.stdout else "none",
+        "accelerator": "TCG",
+        "load before": f"{os.getloadavg()[2]:.1f}",
+    }
+
+
+def _plain(found: dict[str, dict[str, Figure]]) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        name: {label: figure._asdict() for label, figure in figures.items()}
+        for name, figures in found.items()
+    }
+
+
+def _table(
+    jobs: list[Job],
+    found: dict[str, dict[str, dict[str, Figure]]],
+    machine: dict[str, str],
+    seconds: float,
+) -> str:
+    lines = [
+        "# Results of scripts/bench",
+        "",
+        ", ".join(f"{key}: {value}" for key, value in machine.items()) + ".",
+        "",
+        "Whole commands, from spawn to exit, in milliseconds: the median, and the lowest and the",
+        "highest turn. The ratio is to the first of script, C floor and bare interpreter that took",
+        f"part. Contenders took turns. All of it took {seconds / 60:.0f} minutes.",
+        "",
+        "| job | | contender | ms | lowest - highest | ratio | peak MiB |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for job in jobs:
+        figures = found[job.letter]
+        for label in dict.fromkeys(label for of in figures.values() for label in of):
+            for name, of in figures.items():
+                if label in of:
+                    lines.append(_row(job, label, name, of[label], _base(figures, label)))
+    if "J" in found:
+        lines += ["", "Growth over 10, 100 and 1,000 networks (exponent; 1 is linear):", ""]
+        for label in found["J"]["10"]:
+            points = [(float(n), of[label].ms) for n, of in found["J"].items()]
+            lines.append(f"- {label}: {exponent(points):.2f}")
+    return "\n".join(lines) + "\n"
+
+
+def _base(figures: dict[str, dict[str, Figure]], label: str) -> float | None:
+    return next((figures[b][label].ms for b in BASES if label in figures.get(b, {})), None)
+
+
+def _row(job: Job, label: str, name: str, figure: Figure, base: float | None) -> str:
+    ratio = f"{figure.ms / base:.2f}" if base else ""
+    if label == "memory":
+        return f"| {job.letter} | PSS of all | {name} | | | | {figure.mib:.0f} |"
+    spread = f"{figure.low:.1f} - {figure.high:.1f}"
+    return (
+        f"| {job.letter} {job.title} | {label} | {name} | {figure.ms:.1f} | {spread} | {ratio} | "
+        f"{figure.mib:.0f} |"
+    )
+
+
+main()

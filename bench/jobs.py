@@ -1,0 +1,220 @@
+"""The jobs, each with its contenders: netorch, floors, the best script, and peers."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import labs, peers, traffic
+from bench.turns import Clock, Turn
+
+
+class Tools(NamedTuple):
+    """`netorch` and `python` are an installed wheel's; `floor` is the C program."""
+
+    netorch: str
+    python: str
+    floor: str
+
+
+class Job(NamedTuple):
+    letter: str
+    title: str
+    turns: int
+    contenders: dict[str, Turn]
+
+
+def all_jobs(tools: Tools) -> list[Job]:
+    return [
+        _start_up(tools),
+        _nat(tools),
+        _switches(tools, "B", "100 taps on one bridge", 1, 100),
+        _switches(tools, "C", "10 networks of 100 taps", 10, 100),
+        *(_guests(tools, count) for count in (1, 2, 8)),
+        _networks(tools),
+        _traffic(tools),
+    ]
+
+
+def _netorch(tools: Tools, text: str, extra: Callable[[Clock, Path], None] | None = None) -> Turn:
+    """Up, the same again, status, and down."""
+
+    def turn(directory: Path, clock: Clock) -> None:
+        file = _file(directory, text)
+        clock.run("up", [tools.netorch, "apply", str(file)])
+        clock.run("again", [tools.netorch, "apply", str(file)])
+        clock.run("status", [tools.netorch, "status"])
+        clock.run("taps", [tools.netorch, "taps"])
+        if extra is not None:
+            extra(clock, file)
+        clock.run("down", [tools.netorch, "teardown"])
+
+    return turn
+
+
+def _file(directory: Path, text: str) -> Path:
+    os.environ["NETORCH_RUN_DIR"] = str(directory / "run")
+    os.environ["NETORCH_DISK_DIR"] = str(directory / "disks")
+    file = directory / "lab.toml"
+    file.write_text(text)
+    return file
+
+
+def _script(write: Callable[[Path], tuple[list[str], list[str]]]) -> Turn:
+    def turn(directory: Path, clock: Clock) -> None:
+        up, down = write(directory)
+        clock.run("up", up)
+        clock.run("down", down)
+
+    return turn
+
+
+def _start_up(tools: Tools) -> Job:
+    def netorch(directory: Path, clock: Clock) -> None:
+        file = _file(directory, labs.NAT)
+        clock.run("--version", [tools.netorch, "--version"])
+        clock.run("check", [tools.netorch, "check", str(file)])
+
+    def bare(_directory: Path, clock: Clock) -> None:
+        clock.run("--version", [tools.python, "-c", "pass"])
+        clock.run("check", [tools.python, "-c", "pass"])
+
+    return Job("H", "start-up", 20, {"netorch": netorch, "bare interpreter": bare})
+
+
+def _nat(tools: Tools) -> Job:
+    contenders: dict[str, Turn] = {
+        "netorch": _netorch(tools, labs.NAT),
+        "script": _script(labs.write_nat_script),
+        **peers.nat(),
+    }
+    return Job("A", "a NAT network with DHCP and two taps", 15, contenders)
+
+
+def _switches(tools: Tools, letter: str, title: str, bridges: int, taps: int) -> Job:
+    text = labs.switches(bridges, taps)
+    more = text.replace(f"count = {taps}", f"count = {taps + 1}", 1)
+
+    def add(clock: Clock, file: Path) -> None:
+        file.write_text(more)
+        clock.run("add one", [tools.netorch, "apply", str(file)])
+
+    def floor(_directory: Path, clock: Clock) -> None:
+        clock.run("up", [tools.floor, "up", str(bridges), str(taps)])
+        clock.run("down", [tools.floor, "down"])
+
+    contenders: dict[str, Turn] = {
+        "netorch": _netorch(tools, text, add),
+        "C floor": floor,
+        "script": _script(lambda d: labs.write_switches_script(d, bridges, taps)),
+    }
+    return Job(letter, title, 7 if bridges == 1 else 5, contenders)
+
+
+def _guests(tools: Tools, count: int) -> Job:
+    contenders: dict[str, Turn] = {
+        "netorch cold": _cold(tools, count),
+        "script": lambda directory, clock: _script_guests(directory, clock, count),
+    }
+    if _knows_start(tools):
+        contenders["netorch warm"] = _netorch_guests(tools, labs.guests(count, "warm"))
+    title = f"{count} guest{'s' if count > 1 else ''} from nothing to leases"
+    return Job(f"D{count}", title, 5 if count < 8 else 3, contenders)
+
+
+def _knows_start(tools: Tools) -> bool:
+    import subprocess
+
+    said = subprocess.run([tools.netorch, "schema"], capture_output=True, text=True, check=True)
+    return "start" in json.loads(said.stdout)["$defs"]["Guest"]["properties"]
+
+
+def _cold(tools: Tools, count: int) -> Turn:
+    return _netorch_guests(tools, labs.guests(count, "cold" if _knows_start(tools) else ""))
+
+
+def _netorch_guests(tools: Tools, text: str) -> Turn:
+    def turn(directory: Path, clock: Clock) -> None:
+        file = _file(directory, text)
+        clock.run("up", [tools.netorch, "apply", str(file)])
+        clock.note("memory", 0.0, _proportional())
+        clock.run("down", [tools.netorch, "teardown"])
+
+    return turn
+
+
+def _proportional() -> float:
+    """MiB of all processes of the lab in this network namespace, shared pages in parts."""
+    mark = f"NETORCH_PLACE={os.stat('/proc/self/ns/net').st_ino}"
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() not in (process / "environ").read_bytes():
+                continue
+            lines = (process / "smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue  # gone, or not ours
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def _script_guests(directory: Path, clock: Clock, count: int) -> None:
+    """What a person would write: bridge, taps, dnsmasq that tells of leases by a fifo, QEMU."""
+    image = json.loads(os.environ["BENCH_TINY"])
+    leases = directory / "told"
+    os.mkfifo(leases)
+    told = directory / "tell.sh"
+    told.write_text(f'#!/bin/sh\n[ "$1" = add ] && echo "$3" > {leases}\nexit 0\n')
+    told.chmod(0o755)
+    up, down = labs.write_nat_script(directory)
+    config = directory / "dnsmasq.conf"
+    config.write_text(config.read_text() + f"dhcp-script={told}\n")
+    lines = (directory / "up.ip").read_text()
+    for guest in range(count):
+        lines += f"tuntap add g{guest} mode tap vnet_hdr\n"
+        lines += f"link set g{guest} master virbr0 group 7 up\n"
+    (directory / "up.ip").write_text(lines)
+    script = [f"sh {up[1]}"]
+    for guest in range(count):
+        script.append(
+            "qemu-system-x86_64 -nodefaults -no-user-config -display none "
+            "-machine q35,sata=off,smbus=off,vmport=off,usb=off -accel tcg -m 256 "
+            f"-kernel {image['kernel']} -initrd {image['initrd']} -append '{image['cmdline']}' "
+            f"-netdev tap,id=n,ifname=g{guest},script=no,downscript=no "
+            f"-device virtio-net-pci,netdev=n,romfile=,mac=52:54:00:00:01:{guest:02x} "
+            f"-serial file:{directory}/serial{guest} -daemonize -pidfile {directory}/q{guest}.pid"
+        )
+    script.append(f"head -n {count} < {leases} > {directory}/leased")
+    start = ["set -e", f"exec 3<>{leases}", *script]
+    (directory / "guests.sh").write_text("\n".join(start))
+    (directory / "stop.sh").write_text(f"kill $(cat {directory}/q*.pid)\nsh {down[1]}\n")
+    clock.run("up", ["sh", str(directory / "guests.sh")])
+    clock.run("down", ["sh", str(directory / "stop.sh")])
+
+
+def _networks(tools: Tools) -> Job:
+    def of(count: int) -> Turn:
+        def turn(directory: Path, clock: Clock) -> None:
+            file = _file(directory, labs.networks(count))
+            clock.run("check", [tools.netorch, "check", str(file)])
+            clock.run("plan", [tools.netorch, "plan", str(file)], status=3)
+            clock.run("up", [tools.netorch, "apply", str(file)])
+            clock.run("again", [tools.netorch, "apply", str(file)])
+            clock.run("down", [tools.netorch, "teardown"])
+
+        return turn
+
+    return Job("J", "networks in one lab", 3, {str(n): of(n) for n in (10, 100, 1000)})
+
+
+def _traffic(tools: Tools) -> Job:
+    def of(model: str) -> Turn:
+        def turn(directory: Path, clock: Clock) -> None:
+            _file(directory, "")
+            traffic.turn(tools.netorch, tools.python, model, directory, clock)
+
+        return turn
+
+    contenders = {model: of(model) for model in traffic.MODELS}
+    return Job("L", "throughput and latency", 1, contenders)

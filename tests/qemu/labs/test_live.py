@@ -1,0 +1,188 @@
+"""One guest that lives through everything that a file can change while it runs."""
+
+import hashlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.isolation import ip
+from tests.qemu.labs.lab import SECONDS, Lab, Machine
+
+GATEWAY = "10.0.0.1"
+NICS = 'nics = [{ network = "lan" }]'
+TEXT = f"""
+[networks.lan]
+mode = "isolated"
+address = "{GATEWAY}/24"
+
+[networks.two]
+mode = "isolated"
+address = "10.2.0.1/24"
+
+[networks.three]
+mode = "isolated"
+address = "10.3.0.1/24"
+
+[guests.vm1]
+memory = 128
+ports = 2
+vnc = 5
+{NICS}
+"""
+
+
+def with_second(nic: str) -> str:
+    return TEXT.replace(NICS, f'nics = [{{ network = "lan" }}, {{ {nic} }}]')
+
+
+def test_a_guest_changes_while_it_runs(machine: Machine) -> None:
+    lab = machine.up("live", TEXT)
+    pid = qemu_of(lab)
+    with transfer(lab):
+        assert "add NIC" in change(lab, with_second('network = "two"'))
+        assert address_of(lab, "eth1").startswith("10.2.0.")
+        lab.sh("vm1", "ping -c 1 -W 5 10.2.0.1")
+        lab.unchanged()
+
+        change(lab, with_second('network = "three"'))
+        assert address_of(lab, "eth1").startswith("10.3.0.")
+        lab.sh("vm1", "ping -c 1 -W 5 10.3.0.1")
+
+        change(lab, with_second('network = "three", link = "down"'))
+        assert lab.sh("vm1", "cat /sys/class/net/eth1/carrier") == "0"
+        lab.unchanged()
+        change(lab, with_second('network = "three"'))
+        lab.sh("vm1", "ping -c 1 -W 5 10.3.0.1")
+
+        change(lab, with_second('network = "three", model = "e1000"'))
+        assert lab.sh("vm1", "basename $(readlink /sys/class/net/eth1/device/driver)") == "e1000"
+        lab.sh("vm1", "ping -c 1 -W 5 10.3.0.1")
+
+        assert "remove NIC" in change(lab, TEXT)
+        assert lab.sh("vm1", "ls -d /sys/class/net/eth*") == "/sys/class/net/eth0"
+        assert lab.sh("vm1", "ls /run/udhcpc.*") == "/run/udhcpc.eth0.pid"
+
+        change(lab, TEXT.replace("vnc = 5", "vnc = 6"))
+        assert banner(5906).startswith(b"RFB")
+        assert not listens(5905)
+    assert qemu_of(lab) == pid
+
+    _heals(lab)
+    assert qemu_of(lab) == pid
+    _restarts(lab, pid)
+
+
+def _heals(lab: Lab) -> None:
+    """A tap and a bridge that somebody deleted come back with their traffic."""
+    change(lab, TEXT)
+    ip("link", "del", "vm1-0")
+    status = lab.machine.netorch("status", lab.name, status=3).stdout
+    assert "NIC vm1-0 has lost its tap" in status
+    ip("tuntap", "add", "vm1-0", "mode", "tap")  # a stranger's of that name is not it
+    assert "NIC vm1-0 has lost its tap" in lab.machine.netorch("status", lab.name, status=3).stdout
+    ip("link", "del", "vm1-0")
+    assert "plug NIC vm1-0 on lan again" in change(lab, TEXT)
+    lab.sh("vm1", f"ping -c 1 -W 5 {GATEWAY}")
+    ip("link", "del", "br-lan")
+    change(lab, TEXT)
+    lab.sh("vm1", f"ping -c 1 -W 5 {GATEWAY}")
+
+
+def _restarts(lab: Lab, pid: int) -> None:
+    """What can't change in a running guest is named, refused, and done when asked for."""
+    larger = TEXT.replace("memory = 128", "memory = 160")
+    more = ', { network = "two" }' * 2
+    for text, why in (
+        (larger, "memory 128 -> 160"),
+        (TEXT.replace(NICS, NICS.replace("}]", f"}}{more}]")), "add NIC vm1-1"),  # of two ports
+    ):
+        lab.file.write_text(text)
+        planned = lab.machine.netorch("plan", str(lab.file), status=3).stdout
+        assert f"restart guest vm1: {why}" in planned
+        as_json = json.loads(lab.machine.netorch("plan", "--json", str(lab.file), status=3).stdout)
+        assert as_json["restarts"].keys() == {"guest:vm1"}
+        refused = lab.machine.netorch("apply", str(lab.file), status=1).stderr
+        assert f"guest vm1 has to restart: {why}" in refused
+        assert "netorch apply --restart FILE" in refused
+        assert lab.sh("vm1", "ls -d /sys/class/net/eth*") == "/sys/class/net/eth0"
+        assert qemu_of(lab) == pid
+    lab.file.write_text(larger)
+    lab.machine.netorch("apply", "--restart", str(lab.file))
+    assert qemu_of(lab) != pid
+    lab.unchanged()
+
+
+def change(lab: Lab, text: str) -> str:
+    """Apply another text; what was done."""
+    lab.file.write_text(text)
+    return lab.machine.netorch("apply", str(lab.file)).stderr
+
+
+def address_of(lab: Lab, device: str) -> str:
+    return lab.sh("vm1", f"ip -4 addr show {device} | awk '/inet/ {{ print $2 }}'")
+
+
+def qemu_of(lab: Lab) -> int:
+    """The pid of the guest's QEMU, by its mark."""
+    mark = f"NETORCH_LAB={lab.name}".encode()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/environ", "rb") as environ:
+                marked = mark in environ.read().split(b"\0")
+            with open(f"/proc/{name}/comm", encoding="utf-8") as comm:
+                if marked and comm.read().startswith("qemu"):
+                    return int(name)
+        except OSError:  # another user's, or gone meanwhile
+            continue
+    raise AssertionError("no QEMU runs")
+
+
+def banner(port: int) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as screen:
+        return screen.recv(12)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def transfer(lab: Lab) -> Iterator[None]:
+    """Bytes that flow to the guest over its first NIC all the while, and arrive whole."""
+    stop = threading.Event()
+    digest = hashlib.md5()
+    sent = 0
+
+    def pump(connection: socket.socket) -> None:
+        nonlocal sent
+        block = os.urandom(1 << 16)
+        while not stop.wait(0.01):  # or it would have the processor to itself
+            connection.sendall(block)
+            digest.update(block)
+            sent += len(block)
+
+    with socket.create_server((GATEWAY, 0)) as listening:
+        listening.settimeout(SECONDS)
+        port = listening.getsockname()[1]
+        lab.sh(
+            "vm1",
+            f"mkfifo /run/sum; (nc {GATEWAY} {port} < /dev/null | md5sum | "
+            "{ read -r sum; echo $sum > /run/sum; }) > /dev/null 2>&1 &",
+        )
+        connection, _peer = listening.accept()
+        connection.settimeout(SECONDS)
+        pumping = threading.Thread(target=pump, args=[connection])
+        pumping.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            pumping.join()
+            connection.close()
+    received = lab.sh("vm1", "cat /run/sum")
+    assert sent > 1 << 20
+    assert received.split()[0] == digest.hexdigest()
