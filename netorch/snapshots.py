@@ -71,7 +71,7 @@ def _look(lab: Lab, name: str) -> _There:
     disks = disk_snapshots.writable_disks(lab.scope, guest) if isinstance(guest, Guest) else []
     if not disks:
         raise UsageError(
-            f"guest {name} has no disk: all of it is in memory",
+            f"guest {name} has no disk of the lab's own: all of it is in memory",
             f"`netorch save {name}` keeps that",
         )
     return _There(disks, f"guest:{name}" in machine(lab.scope, only={Guest}).observe())
