@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from netorch.errors import NetorchError
 from netorch.nic_devices import SPEC, Ends, Plugged, device, device_id, netdev, netdev_id, spec
 from netorch.resources import Guest, GuestNic, Resource
+from netorch.system import saved
 from netorch.system.back_ends import open_ends
 from netorch.system.guest_devices import Look, Seen, reach
 from netorch.system.namespaces import wait_exit
@@ -36,7 +37,13 @@ _UNPLUG_SECONDS = 15.0  # a Linux lets go within a second; under TCG on a busy m
 _DOWN_SECONDS = {"tiny": 0.5}
 _OTHERS_DOWN_SECONDS = 5.0
 # How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
-RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
+RESUME = {
+    "prelaunch": "cont",
+    "paused": "cont",
+    "io-error": "cont",
+    "postmigrate": "cont",  # it was about to be saved
+    "suspended": "system_wakeup",
+}
 _VNC_PORT = 5900
 
 
@@ -71,6 +78,8 @@ class Running:
         if self._seen.state == "prelaunch":
             set_links(self.qmp, self.wanted)
         if self._seen.state in RESUME:
+            self.qmp.ask("migrate_cancel")  # where a `save` was killed, QEMU may be writing on
+            saved.drop(self._scope, self.wanted.name)
             self.qmp.ask(RESUME[self._seen.state])
 
     def ask_to_let_go(self) -> None:
