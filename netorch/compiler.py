@@ -13,6 +13,7 @@ import msgspec
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
 from netorch.guest_disks import disks_of, storage_of
+from netorch.guest_nics import guest_nics, user_subnets
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Nic, Taps, Topology
 from netorch.names import bridge_name, tap_id, tap_name, tap_names, veth_name
 from netorch.networks import (
@@ -29,11 +30,13 @@ from netorch.resources import (
     DhcpClient,
     Dnsmasq,
     Forwarding,
-    GuestNic,
+    GuestBoot,
     Namespace,
     Record,
     Resource,
+    Seed,
     Tap,
+    Variables,
     Veth,
 )
 from netorch.resources import Guest as RunningGuest
@@ -69,7 +72,8 @@ class _Compiler:
         self.gateways = gateways(topology, facts)
         self.nics: dict[str, list[tuple[str, int, Nic | HostNic]]] = {}
         for node, index, nic in nics_of(topology):
-            self.nics.setdefault(nic.network, []).append((node, index, nic))
+            if nic.network is not None:
+                self.nics.setdefault(nic.network, []).append((node, index, nic))
         modes = {network.mode for network in topology.networks.values()}
         self.routed = not modes.isdisjoint(("nat", "route", "open"))
         self.bridges = {name: bridge_name(name, net) for name, net in topology.networks.items()}
@@ -98,10 +102,15 @@ class _Compiler:
         for uplink in self._uplinks():
             yield Forwarding(name=uplink)
         for segment in self.segments.values():
-            if segment.gateway and (segment.dhcp_first or segment.dns):
-                yield self._dnsmasq(segment)
+            tftp = self.topology.networks[segment.network].tftp or ""
+            if segment.gateway and (segment.dhcp_first or segment.dns or tftp):
+                yield self._dnsmasq(segment, tftp)
         for name, guest in self.topology.guests.items():
             yield from storage_of(name, guest, disks_of(guest, self.facts.formats))
+            if guest.firmware == "uefi":
+                yield Variables(guest=name, machine=guest.machine)
+            if guest.user_data or guest.ssh_keys:
+                yield self._seed(name, guest)
             yield self._guest(name, guest)
 
     def _bridge(self, name: str, segment: Segment) -> Bridge:
@@ -168,6 +177,7 @@ class _Compiler:
             dhcp_first=str(first) if first else "",
             dhcp_last=str(last) if last else "",
             lease=network.dhcp.lease if isinstance(network.dhcp, Dhcp) else "1h",
+            boot=(network.dhcp.boot or "") if isinstance(network.dhcp, Dhcp) else "",
             dns=network.dns,
             domain=network.domain or "",
             reservations=tuple(self._reservations(name, first, last)),
@@ -220,7 +230,7 @@ class _Compiler:
             if isinstance(nic, HostNic) and nic.address not in (None, "dhcp"):
                 yield (str(IPv4Interface(nic.address).ip), host)
 
-    def _dnsmasq(self, segment: Segment) -> Dnsmasq:
+    def _dnsmasq(self, segment: Segment, tftp: str) -> Dnsmasq:
         stem = f"{self.run}/dnsmasq-{segment.network}"
         return Dnsmasq(
             network=segment.network,
@@ -230,9 +240,11 @@ class _Compiler:
                 hosts=f"{stem}.hosts",
                 names=f"{stem}.names",
                 log=f"{stem}.log",
+                tftp=tftp,
             ),
             hosts=dhcp_hosts(segment),
             names=static_names(segment),
+            tftp=tftp,
         )
 
     def _taps(self, name: str, taps: Taps) -> Iterator[Tap]:
@@ -241,7 +253,7 @@ class _Compiler:
 
     def _guest_taps(self, name: str, guest: Guest) -> Iterator[Tap]:
         for index, nic in enumerate(guest.nics):
-            if self.facts.helper:
+            if self.facts.helper or nic.network is None:
                 continue
             mac = self.macs.of_nic(name, index, nic.mac)
             yield self._tap(
@@ -292,24 +304,47 @@ class _Compiler:
                 yield DhcpClient(host=name, device=f"eth{index}")
 
     def _guest(self, name: str, guest: Guest) -> RunningGuest:
+        boot_nics = tuple(self._boot_nics(guest)) if guest.boot == "network" else ()
         return msgspec.structs.replace(
             bare_guest(name, guest),
-            nics=tuple(
-                GuestNic(
-                    id=tap_id(index, nic),
-                    mac=self.macs.of_nic(name, index, nic.mac),
-                    model=nic.model,
-                    tap="" if self.facts.helper else tap_name(name, index, nic),
-                    queues=nic.queues,
-                    bridge=self.bridges[nic.network] if self.facts.helper else "",
-                    network=nic.network,
-                    served=bool(self.segments[nic.network].dhcp_first),
-                    link=nic.link,
-                )
-                for index, nic in enumerate(guest.nics)
+            nics=guest_nics(
+                self.topology,
+                name,
+                macs=self.macs,
+                subnets=user_subnets(self.gateways.values()),
+                served={n for n, segment in self.segments.items() if segment.dhcp_first},
+                helpers=self.bridges if self.facts.helper else None,
             ),
-            disks=disks_of(guest, self.facts.formats),
+            disks=disks_of(guest, self.facts.formats, len(boot_nics)),
+            boot=_boot(guest, boot_nics),
         )
+
+    def _boot_nics(self, guest: Guest) -> Iterator[int]:
+        """Those on networks that say what to boot; where none of the lab's does, all of them."""
+        said = [
+            nic.network is not None and bool(self.segments[nic.network].boot) for nic in guest.nics
+        ]
+        yield from (index for index, boots in enumerate(said) if boots or not any(said))
+
+    def _seed(self, name: str, guest: Guest) -> Seed:
+        from netorch.cloud_init import SeedNic, seed_files
+
+        nics = [
+            SeedNic(self.macs.of_nic(name, index, nic.mac), self._has_dhcp(nic))
+            for index, nic in enumerate(guest.nics)
+        ]
+        files = seed_files(name, guest.user_data or "", guest.ssh_keys, nics)
+        return Seed(guest=name, files=files)
+
+    def _has_dhcp(self, nic: Nic) -> bool:
+        """Whether the lab serves it there, or the LAN that the network is a part of may, or what
+        is behind a NIC without a network does.
+        """
+        if nic.network is None:
+            return nic.wire is None
+        network = self.topology.networks[nic.network]
+        joined = network.external or (network.mode == "bridge" and network.uplink is not None)
+        return bool(self.segments[nic.network].dhcp_first) or joined
 
 
 def _display(guest: Guest) -> str:
@@ -327,9 +362,21 @@ def bare_guest(name: str, guest: Guest) -> RunningGuest:
         accel=guest.accel,
         memory=memory_mib(guest.memory),
         cpus=guest.cpus,
-        ports=_ports(guest),
         vnc=_display(guest),
         video=guest.video or ("" if guest.vnc is False else "VGA"),
+        boot=_boot(guest),
+        ports=_ports(guest),
+    )
+
+
+def _boot(guest: Guest, nics: tuple[int, ...] = ()) -> GuestBoot:
+    return GuestBoot(
+        kernel=guest.kernel or "",
+        initrd=guest.initrd or "",
+        cmdline=guest.cmdline or "",
+        nics=nics,
+        uefi=guest.firmware == "uefi",
+        seed=bool(guest.user_data or guest.ssh_keys),
     )
 
 

@@ -20,6 +20,7 @@ from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError
 from netorch.facts import Facts
 from netorch.model import Topology
+from netorch.nic_devices import idle_queues
 from netorch.planner import Action, Plan, diff
 from netorch.resources import DhcpClient, Guest, Resource, Ruleset
 from netorch.state import EMPTY, State
@@ -66,6 +67,7 @@ class Standing(msgspec.Struct, frozen=True):
     observed: State
     pending: Pending | None = None  # a confirmation
     endings: Mapping[str, "Ending"] = {}  # of guests that are missing
+    saved: Mapping[str, int] = {}  # guests that are missing, and when they were saved
 
     def rows(self) -> list[tuple[str, str, Resource]]:
         """(ok | missing | changed | stray, key, resource), in the order of the desired state."""
@@ -217,9 +219,11 @@ def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     desired = _desired(lab, topology_of(record), record.source, look)
     if not (lab.run / "guests").exists():
         return Standing(lab, desired, observed, waiting)
+    from netorch.system import saved
     from netorch.system.endings import endings
 
-    return Standing(lab, desired, observed, waiting, endings(lab.scope))
+    kept = saved.states(lab.scope)
+    return Standing(lab, desired, observed, waiting, endings(lab.scope), kept)
 
 
 def intended(lab: Lab) -> tuple[Topology, State]:
@@ -282,6 +286,13 @@ def _apply_here(
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
+        if lab.scope.disks.exists():
+            from netorch.system import saved
+
+            saved.keep_only(lab.scope, topology.guests)
+        for guest in desired.of(Guest) if plan else ():
+            for line in idle_queues(guest):
+                progress.warn(line)
         if readiness is not None:
             readiness.all(plan)
 

@@ -146,6 +146,8 @@ class _Check:
         """May the NIC have a lease? A guest on a LAN of somebody else's may."""
         if isinstance(nic, HostNic):
             return nic.address in (None, "dhcp")
+        if nic.network is None:
+            return False
         network = self.topology.networks.get(nic.network, Network())
         return network.dhcp is not False or network.mode == "bridge"
 
@@ -161,6 +163,10 @@ class _Check:
         elif to in self.known:
             if not nics_of(self.topology, to):
                 yield self._doubt("to", f"{quoted(to)} has no NIC", "nobody can reach it")
+            elif not any(nic.network for nic in nics_of(self.topology, to)):
+                message = f"{quoted(to)} is on no network"
+                hint = "what an address of its wires or back-ends is, only the guest knows"
+                yield self._doubt("to", message, hint, *_NODES)
         elif to == GATEWAY:
             yield from self._gateway()
         elif re.fullmatch(r"[0-9./:]+", to):
@@ -189,6 +195,8 @@ class _Check:
                 )
 
     def _has_gateway(self, nic: Nic | HostNic) -> bool:
+        if nic.network is None:
+            return False
         network = self.topology.networks.get(nic.network, Network())
         own = isinstance(nic, HostNic) and isinstance(nic.gateway, str)
         return own or network.address is not None or network.mode != "bridge"

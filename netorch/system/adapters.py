@@ -17,6 +17,8 @@ from netorch.resources import (
     Namespace,
     Overlay,
     Resource,
+    Seed,
+    Variables,
     Volume,
 )
 from netorch.system import Adapter
@@ -24,7 +26,7 @@ from netorch.system.firewall import Firewall
 from netorch.system.links import Links
 from netorch.system.look import Look
 from netorch.system.rundir import Records
-from netorch.system.scope import Scope
+from netorch.system.scope import SEEDS, Scope
 from netorch.system.snapshot import uplink_mark
 
 Done = Callable[[Resource], None]
@@ -94,6 +96,16 @@ def adapters(
 
         return Disks(scope)
 
+    def flash() -> Adapter:
+        from netorch.system.firmware import FlashFiles
+
+        return FlashFiles(scope)
+
+    def seeds() -> Adapter:
+        from netorch.system.seeds import Seeds
+
+        return Seeds(scope)
+
     def guests() -> Adapter:
         from netorch.system.guests import Guests
 
@@ -108,6 +120,8 @@ def adapters(
         Promised((Dnsmasq,), lambda look: look.has_process("dnsmasq"), dnsmasqs),
         Promised((DhcpClient,), lambda look: look.has_process("dhcp"), clients),
         Promised((Overlay, Volume), lambda look: scope.disks.exists(), disks),
+        Promised((Variables,), lambda look: scope.disks.exists(), flash),
+        Promised((Seed,), lambda look: (scope.run / SEEDS).exists(), seeds),
         Promised((Guest,), lambda look: look.has_process("guest"), guests),
     ]
     return [a for a in found if only is None or not only.isdisjoint(a.kinds)]

@@ -20,10 +20,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from netorch.errors import NetorchError
-from netorch.nic_devices import SPEC, Plugged, device, device_id, netdev, netdev_id, spec
+from netorch.nic_devices import SPEC, Ends, Plugged, device, device_id, netdev, netdev_id, spec
 from netorch.resources import Guest, GuestNic, Resource
+from netorch.system import saved
+from netorch.system.back_ends import open_ends
 from netorch.system.guest_devices import Look, Seen, reach
-from netorch.system.guest_taps import open_queues
 from netorch.system.namespaces import wait_exit
 from netorch.system.processes import Marked
 from netorch.system.qmp import Qmp, QmpError
@@ -36,7 +37,13 @@ _UNPLUG_SECONDS = 15.0  # a Linux lets go within a second; under TCG on a busy m
 _DOWN_SECONDS = {"tiny": 0.5}
 _OTHERS_DOWN_SECONDS = 5.0
 # How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
-RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
+RESUME = {
+    "prelaunch": "cont",
+    "paused": "cont",
+    "io-error": "cont",
+    "postmigrate": "cont",  # it was about to be saved
+    "suspended": "system_wakeup",
+}
 _VNC_PORT = 5900
 
 
@@ -71,6 +78,8 @@ class Running:
         if self._seen.state == "prelaunch":
             set_links(self.qmp, self.wanted)
         if self._seen.state in RESUME:
+            self.qmp.ask("migrate_cancel")  # where a `save` was killed, QEMU may be writing on
+            saved.drop(self._scope, self.wanted.name)
             self.qmp.ask(RESUME[self._seen.state])
 
     def ask_to_let_go(self) -> None:
@@ -114,7 +123,9 @@ class Running:
                         "all its ports are taken"
                     )
                 port = free.pop(0)
-            plug(self._scope, self.qmp, self.wanted.name, Plugged(nic=nic, index=index, port=port))
+            # Without vhost: a NIC that is added to a running guest has no time to lose.
+            plugged = Plugged(nic=nic, index=index, port=port)
+            plug(self._scope, self.qmp, self.wanted.name, plugged, accel="")
 
     def take_links(self) -> None:
         """Links that are to be down, and those of NICs whose network has changed, for a moment."""
@@ -180,19 +191,26 @@ class Running:
         self.qmp.ask("object-del", {"id": name + SPEC})
 
 
-def plug(scope: Scope, qmp: Qmp, guest: str, plugged: Plugged) -> None:
-    """Plug a NIC into a guest, running or not. Raises QmpError, KernelError."""
+def plug(scope: Scope, qmp: Qmp, guest: str, plugged: Plugged, accel: str) -> None:
+    """Plug a NIC into a guest, running or not. Raises NetorchError."""
     nic = plugged.nic
     qmp.ask("object-add", spec(plugged))
     with contextlib.ExitStack() as opened:
-        names: list[str] = []
-        for fd in open_queues(scope, nic, guest, opened):
-            names.append(_queue_name(nic.mac, len(names)))
-            qmp.ask("getfd", {"fdname": names[-1]}, [fd])
-    qmp.ask("netdev_add", netdev(nic, names))
+        ends = open_ends(scope, guest, nic, accel, opened)
+        queues = _hand_over(qmp, nic.mac, ends.fds)
+        vhost = _hand_over(qmp, f"{nic.mac}.vhost", ends.vhost)
+    qmp.ask("netdev_add", netdev(nic, Ends(queues, vhost)))
     qmp.ask("device_add", device(nic, plugged.port))
     if nic.link == "down":
         qmp.ask("set_link", {"name": netdev_id(nic.mac), "up": False})
+
+
+def _hand_over(qmp: Qmp, name: str, fds: Sequence[int | str]) -> list[str]:
+    """Give QEMU descriptors; their names there."""
+    names = [_queue_name(name, number) for number in range(len(fds))]
+    for fdname, fd in zip(names, fds, strict=True):
+        qmp.ask("getfd", {"fdname": fdname}, [int(fd)])
+    return names
 
 
 def set_links(qmp: Qmp, guest: Guest) -> None:

@@ -125,8 +125,9 @@ def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
                 continue
             tap = desired.get(guest.tap_key(nic))
             if isinstance(tap, Tap) and tap.network in guest.networks:
-                # Many an image asks on its first NIC only; tiny is known to ask on all.
-                one = guest.image != "tiny"
+                # Many an image asks on its first NIC only; tiny is known to ask on all, and
+                # cloud-init is told to.
+                one = guest.image != "tiny" and not guest.boot.seed
                 links = (tap.name, tap.bridge)
                 yield _Wanted(guest.name, guest.key, tap.network, nic.mac, links, one)
     for client in desired.of(DhcpClient):

@@ -19,6 +19,7 @@ from netorch.resources import Resource, encode
 
 TABLE_PREFIX = "netorch_"
 PLACE_FILE = "place"  # in the run directory: the place's inode, and whether it is private
+SEEDS = "seeds"  # in the run directory, where guests have cloud-init seeds
 CLAIMS_PREFIX = "netorchundo_"  # of the table that remembers what foreign interfaces were like
 
 

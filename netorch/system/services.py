@@ -63,12 +63,16 @@ class Dnsmasqs:
             # its leases: no wanted configuration is empty, so all are replaced by one.
             whole = len(processes) == 1 and self._path(running, "conf").exists()
             config = running.config if whole else ""
-            yield Dnsmasq(network=running.network, config=config, hosts=hosts, names=names)
+            yield msgspec.structs.replace(running, config=config, hosts=hosts, names=names)
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         if wanted and program("dnsmasq") is None:
             return [f"dnsmasq is not installed: {_INSTALL_DNSMASQ}"]
-        return _not_given("dnsmasq", missing(NET_BIND_SERVICE, port=_DNS)) if wanted else []
+        directories = [one.tftp for one in wanted if isinstance(one, Dnsmasq) and one.tftp]
+        refused = [f"failed to serve {d} by TFTP: {why}" for d in directories if (why := _why(d))]
+        return refused + (
+            _not_given("dnsmasq", missing(NET_BIND_SERVICE, port=_DNS)) if wanted else []
+        )
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         dnsmasq = program("dnsmasq")
@@ -218,6 +222,15 @@ def note_start(scope: Scope, keys: Iterable[str]) -> None:
         # One write at the end of the file: dnsmasq's own lines, which it appends too, stay whole.
         with path.open("ab", buffering=0) as log:
             log.write(text)
+
+
+def _why(directory: str) -> str:
+    """Why it can't be served, "" if it can."""
+    try:
+        os.scandir(directory).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _not_given(program: str, capabilities: Sequence[str]) -> list[str]:

@@ -67,7 +67,7 @@ def give_birth(words: Callable[[Descriptors, Path], list[str]], into: Path, scra
 
 def _bring_up(qmp: Qmp, console: socket.socket) -> None:
     qmp.ready()
-    qmp.ask("migrate-set-capabilities", incoming.capabilities("x-ignore-shared"))  # if it can
+    incoming.set_capabilities(qmp, ["x-ignore-shared"])  # if it can
     qmp.ask("cont")
     deadline = time.monotonic() + _SECONDS
     with console.makefile("rb") as lines:

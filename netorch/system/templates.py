@@ -33,11 +33,13 @@ from typing import NamedTuple
 
 import msgspec
 
+from netorch.boot_devices import Kernel
 from netorch.errors import NetorchError
-from netorch.guests import Descriptors, Kernel, Ram, argv
+from netorch.guests import Boot, Descriptors, Ram, argv
 from netorch.model import Guest as Wanted
 from netorch.resources import Guest
-from netorch.system.tiny import cache_directory, identity, tiny_image
+from netorch.system.cache import cache_directory
+from netorch.system.tiny import identity, tiny_image
 
 _FORMAT = 1  # to be raised when what is done to a template changes
 _KEPT = 8
@@ -111,16 +113,16 @@ def template(qemu: str, guest: Guest, accel: str, progress: Callable[[str], None
     """The template for guests like `guest`, from the cache or else made now. Raises Unfit."""
     plain = shape(guest)
     tiny = tiny_image(progress)
-    kernel = Kernel(
-        tiny.kernel, tiny.initrd, f"{tiny.cmdline} netorch.template", identity(_NAME, "template")
-    )
+    cmdline = f"{tiny.cmdline} netorch.template netorch.hostname={_NAME}"
+    kernel = Kernel(str(tiny.kernel), str(tiny.initrd), cmdline)
+    boot = Boot(kernel=kernel, identity=identity(_NAME, "template"))
 
     def words(fds: Descriptors, ram: Path) -> list[str]:
         return argv(
             plain,
             program=qemu,
             accel=accel,
-            kernel=kernel,
+            boot=boot,
             fds=fds,
             log="serial.log",
             ram=Ram(ram, private=False),

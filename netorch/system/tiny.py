@@ -30,8 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netorch.errors import ImageError
+from netorch.system.cache import cache_directory
 
-_FORMAT = 5  # to be raised when the builder changes what it puts into an image
+_FORMAT = 6  # to be raised when the builder changes what it puts into an image
 _INIT = Path(__file__).with_name("tiny-init.sh")
 
 # Chosen on q35 under TCG with Linux 6.1, 6 to 8 boots each, on a machine that others used too:
@@ -86,13 +87,6 @@ def tiny_image(progress: Callable[[str], None]) -> TinyImage:
 def identity(guest: str, token: str = "") -> str:
     """What a QEMU tells the guest to be known by: a token, by default a new one, and its name."""
     return f"{token or os.urandom(8).hex():16} {guest:63}"
-
-
-def cache_directory() -> Path:
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification: a relative path is invalid and to be ignored.
-    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return base / "netorch"
 
 
 def _read(pointer: Path) -> TinyImage | None:

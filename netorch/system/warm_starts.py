@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from netorch.compiler import bare_guest
-from netorch.errors import NetorchError
 from netorch.model import Guest as Wanted
 from netorch.model import Topology
 from netorch.nic_devices import Plugged
@@ -80,17 +79,15 @@ class WarmStarts:
 
 
 def refuse(
-    guest: Guest, source: Template, error: NetorchError, progress: Callable[[str], None]
+    guest: Guest, source: Template, error: Exception, progress: Callable[[str], None]
 ) -> None:
     """A QEMU could not go on from its template: nobody else is to try."""
     source.discard()
-    progress(f"{guest.name} starts cold: {error.message}")
+    progress(f"{guest.name} starts cold: {error}")
 
 
-def begin(qmp: Qmp, source: Template | None) -> None:
+def begin(qmp: Qmp, source: Template) -> None:
     """Raises QmpError, or OSError if the template is gone."""
-    if source is None:
-        return
     state = os.open(source.state, os.O_RDONLY | os.O_CLOEXEC)
     try:
         incoming.begin(qmp, state, [_IGNORE_SHARED])
@@ -98,15 +95,14 @@ def begin(qmp: Qmp, source: Template | None) -> None:
         os.close(state)
 
 
-def finish(qmp: Qmp, source: Template | None) -> None:
+def finish(qmp: Qmp) -> None:
     """Raises QmpError."""
-    if source is None:
-        return
     incoming.finish(qmp)
     # It stays on otherwise, and changes what `save` writes.
-    qmp.ask("migrate-set-capabilities", incoming.capabilities(_IGNORE_SHARED, on=False))
+    incoming.set_capabilities(qmp, [_IGNORE_SHARED], on=False)
 
 
 def plug_all(scope: Scope, qmp: Qmp, guest: Guest) -> None:
     for index, nic in enumerate(guest.nics):
-        plug(scope, qmp, guest.name, Plugged(nic=nic, index=index, port=guest.port_of(index)))
+        plugged = Plugged(nic=nic, index=index, port=guest.port_of(index))
+        plug(scope, qmp, guest.name, plugged, accel_of(guest))

@@ -6,9 +6,10 @@ import signal
 import time
 from pathlib import Path
 
+from netorch.system.cache import cache_directory
 from netorch.system.namespaces import wait_exit
 from netorch.system.templates import _manifest
-from netorch.system.tiny import cache_directory, tiny_image
+from netorch.system.tiny import tiny_image
 from netorch.system.watch import Watch
 from tests.qemu.labs.lab import SECONDS, Lab, Machine
 
