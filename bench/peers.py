@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 from bench.turns import Clock, Turn
@@ -74,7 +73,8 @@ sys.stdin.read()
 net.stop()
 """
 _MUNET = """
-import asyncio, sys
+import asyncio, logging, sys
+logging.disable(logging.INFO)
 from munet.parser import async_build_topology
 lan = {"name": "lan", "ip": "10.0.0.0/16"}
 nodes = [
@@ -238,12 +238,21 @@ def _quietly(argv: list[str]) -> None:
 
 
 def _mininet(bridges: int, hosts: int) -> Turn:
-    return _program(lambda _: [_PYTHON, "-c", _MININET, str(bridges), str(hosts)])
+    argv = [_PYTHON, "-c", _MININET, str(bridges), str(hosts)]
+    return lambda _, clock: clock.hold(argv)
 
 
 def _munet(hosts: int) -> Turn:
-    return _program(lambda to: [str(munet_python()), "-c", _MUNET, str(hosts), str(to)])
+    """munet asks once for the child of a process that may not have forked yet: here, until it has.
 
+    Without that, 100 hosts fail on a busy machine.
+    """
 
-def _program(argv: Callable[[Path], list[str]]) -> Turn:
-    return lambda directory, clock: clock.hold(argv(directory))
+    def turn(directory: Path, clock: Clock) -> None:
+        patient = directory / "pgrep"
+        patient.write_text(f'#!/bin/sh\nuntil {shutil.which("pgrep")} "$@"; do :; done\n')
+        patient.chmod(0o755)
+        os.environ["PATH"] = f"{directory}:{os.environ['PATH']}"
+        clock.hold([str(munet_python()), "-c", _MUNET, str(hosts), str(directory)])
+
+    return turn
