@@ -46,7 +46,7 @@ LAYERS = (
         "png",
     },
     {"topology_checks", "topology_clashes", "topology_disks", "topology_expect"}
-    | {"topology_shape", "topology_order"}
+    | {"topology_shape", "topology_order", "topology_rates"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "resource", "facts", "names"},
