@@ -147,7 +147,7 @@ def test_a_failed_apply_takes_rates_off_again(lab_machine: Make) -> None:
     assert isinstance(refused, Refused)
     assert refused.undone[0] == "delete rate of client:0, 8mbit"
     assert (sh("tc qdisc show"), links()) == before
-    ip("link", "add", "server-0-rate", "type", "dummy")
+    ip("link", "add", "server-0-rate", "type", "bridge")
     taken = machine.apply()
     assert taken.status == 1
     assert "the name server-0-rate is taken" in taken.err
