@@ -38,6 +38,10 @@ def limits(nic: Nic | HostNic) -> tuple[int, int]:
 
 def rates(topology: Topology) -> Iterator[Finding]:
     """Every rate that is none."""
+    for path, nic in _nics(topology):
+        if nic.rate is not None and nic.network is None:
+            message = "a NIC without a network has no port here that could limit it"
+            yield (*path, "rate"), message, "leave it out"
     for path, value in _written(topology):
         try:
             rate_bits(value)

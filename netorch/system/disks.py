@@ -16,6 +16,7 @@ from netorch.disk_devices import Source, writes
 from netorch.errors import ImageError, MissingError
 from netorch.planner import Update
 from netorch.resources import Guest, GuestDisk, Overlay, Resource, Volume
+from netorch.system import saved
 from netorch.system.guest_processes import directory_of, running
 from netorch.system.images import header, is_block_device, open_image, virtual_size
 from netorch.system.qmp import Qmp
@@ -57,7 +58,7 @@ class Disks:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[Resource]:
+    def observe(self, look: object = None) -> Iterable[Resource]:
         for path in sorted(self._scope.disks.glob("*/*.qcow2")):
             found, guest = header(path), path.parent.name
             if found.backing:
@@ -100,6 +101,7 @@ class Disks:
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         for resource in unwanted:
             path = self._path(resource)
+            saved.drop(self._scope, path.parent.name)  # it is nothing without this disk
             path.unlink(missing_ok=True)
             _unfinished(path).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # others of the guest's are there, or it is gone

@@ -20,10 +20,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from netorch.errors import NetorchError
-from netorch.nic_devices import SPEC, Plugged, device, device_id, netdev, netdev_id, spec
+from netorch.nic_devices import SPEC, Ends, Plugged, device, device_id, netdev, netdev_id, spec
 from netorch.resources import Guest, GuestNic, Resource
+from netorch.system import saved
+from netorch.system.back_ends import open_ends
 from netorch.system.guest_devices import Look, Seen, reach
-from netorch.system.guest_taps import open_queues
 from netorch.system.namespaces import wait_exit
 from netorch.system.processes import Marked
 from netorch.system.qmp import Qmp, QmpError
@@ -36,7 +37,13 @@ _UNPLUG_SECONDS = 15.0  # a Linux lets go within a second; under TCG on a busy m
 _DOWN_SECONDS = {"tiny": 0.5}
 _OTHERS_DOWN_SECONDS = 5.0
 # How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
-RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
+RESUME = {
+    "prelaunch": "cont",
+    "paused": "cont",
+    "io-error": "cont",
+    "postmigrate": "cont",  # it was about to be saved
+    "suspended": "system_wakeup",
+}
 _VNC_PORT = 5900
 
 
@@ -71,6 +78,8 @@ class Running:
         if self._seen.state == "prelaunch":
             set_links(self.qmp, self.wanted)
         if self._seen.state in RESUME:
+            self.qmp.ask("migrate_cancel")  # where a `save` was killed, QEMU may be writing on
+            saved.drop(self._scope, self.wanted.name)
             self.qmp.ask(RESUME[self._seen.state])
 
     def ask_to_let_go(self) -> None:
@@ -173,11 +182,13 @@ class Running:
         nic = plugged.nic
         self.qmp.ask("object-add", spec(plugged))
         with contextlib.ExitStack() as opened:
+            # Without vhost: a NIC that is added to a running guest has no time to lose.
+            ends = open_ends(self._scope, self.wanted.name, nic, "", opened)
             names: list[str] = []
-            for fd in open_queues(self._scope, nic, self.wanted.name, opened):
+            for fd in ends.fds:
                 names.append(_queue_name(nic.mac, len(names)))
-                self.qmp.ask("getfd", {"fdname": names[-1]}, [fd])
-        self.qmp.ask("netdev_add", netdev(nic, names))
+                self.qmp.ask("getfd", {"fdname": names[-1]}, [int(fd)])
+        self.qmp.ask("netdev_add", netdev(nic, Ends(names)))
         self.qmp.ask("device_add", device(nic, plugged.port))
         if nic.link == "down":
             self._set_link(nic, up=False)

@@ -14,6 +14,7 @@ from netorch.planner import Update
 from netorch.resources import Bridge, Rate, Resource, Tap, Veth
 from netorch.system import bridges, rates, removal, taps, veths
 from netorch.system.changes import bridge_index
+from netorch.system.look import Look
 from netorch.system.netlink import Netlink
 from netorch.system.refusals import refusal
 from netorch.system.scope import Scope
@@ -34,10 +35,9 @@ class Links:
     def kinds(self) -> tuple[type[Resource], ...]:
         return (Bridge, Tap, Veth, Rate)
 
-    def observe(self) -> list[Resource]:
-        with Netlink() as netlink:
-            snapshot = Snapshot(netlink)
-            return self._observe(netlink, snapshot, self._own(snapshot))
+    def observe(self, look: Look | None = None) -> list[Resource]:
+        snapshot = (look or Look(self._scope)).snapshot
+        return self._observe(snapshot, self._own(snapshot))
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         from netorch.system.conflicts import find  # ipaddress, only before a change
@@ -84,13 +84,11 @@ class Links:
             if link.alias.startswith(tuple(prefix + kind for kind in _KINDS))
         }
 
-    def _observe(
-        self, netlink: Netlink, snapshot: Snapshot, own: dict[str, Link]
-    ) -> list[Resource]:
+    def _observe(self, snapshot: Snapshot, own: dict[str, Link]) -> list[Resource]:
         hosts = [veths.host_of(key[5:]) for key in own if key.startswith("veth:")]
         far = veths.look(self._scope, hosts)
         networks = {own[key].index: key[7:] for key in own if key.startswith("bridge:")}
-        observed: list[Resource] = [*rates.observe(netlink, own)]
+        observed: list[Resource] = [*rates.observe(own)]
         for key, link in own.items():
             kind, _, id = key.partition(":")
             master = snapshot.links.get(link.master)
@@ -116,7 +114,7 @@ class Links:
         new = {resource.key: resource for resource in wanted}
         stale = [
             own[old.key].index
-            for old in self._observe(netlink, snapshot, own)
+            for old in self._observe(snapshot, own)
             if old.key in new and not old.can_become(new[old.key])
         ]
         if stale:

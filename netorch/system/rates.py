@@ -12,8 +12,8 @@ An ifb, its tbf and what leads to it are made by one call into the kernel: whoev
 or after has no packet lost. The same holds for taking away, redirection first: a redirection to an
 ifb that is gone drops everything.
 
-pyroute2 takes 30 ms to import its messages of tc; the few here are put together from the structs
-of <linux/pkt_sched.h>, <linux/pkt_cls.h> and <linux/tc_act/tc_mirred.h>.
+The messages are put together from the structs of <linux/pkt_sched.h>, <linux/pkt_cls.h> and
+<linux/tc_act/tc_mirred.h>.
 """
 
 import errno
@@ -59,11 +59,14 @@ class Seen(msgspec.Struct):
     ingress: set[int] = set()
 
 
-def observe(netlink: Netlink, own: Mapping[str, Link]) -> list[Rate]:
+def observe(own: Mapping[str, Link]) -> list[Rate]:
     """The Rates of the lab's links `own`, which are by key; no dump where there are none."""
     ifbs = {key.removeprefix("rate:"): link for key, link in own.items() if _is_rate(key)}
-    seen = _look(netlink) if ifbs else Seen()
-    return [_observe(netlink, port, ifb, own.get(port), seen) for port, ifb in ifbs.items()]
+    if not ifbs:
+        return []
+    with Netlink() as netlink:
+        seen = _look(netlink)
+        return [_observe(netlink, port, ifb, own.get(port), seen) for port, ifb in ifbs.items()]
 
 
 def create(

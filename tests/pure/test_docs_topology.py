@@ -21,6 +21,7 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "`backing` of a disk": model.Layer,
     "`nics` of a guest": model.Nic,
     "`rate` of a NIC": model.Rates,
+    "`forward` of a NIC": model.Forward,
     "`[hosts.NAME]`": model.Host,
     "`nics` of a host": model.HostNic,
     "`[taps.NAME]`": model.Taps,
