@@ -12,7 +12,7 @@ import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
-from netorch.guest_disks import disks_of, storage_of
+from netorch.guest_disks import disks_of, hot_disks, storage_of
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
 from netorch.names import bridge_name, tap_id, tap_name, tap_names, veth_name
 from netorch.networks import (
@@ -310,7 +310,11 @@ class _Compiler:
                 )
                 for index, nic in enumerate(guest.nics)
             ),
-            disks=disks_of(guest, self.facts.formats),
+            disks=hot_disks(
+                disks_of(guest, self.facts.formats),
+                guest,
+                _ports(guest) if guest.machine == "q35" else None,
+            ),
             vnc=_display(guest),
             video=guest.video or ("" if guest.vnc is False else "VGA"),
             ports=_ports(guest),

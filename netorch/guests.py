@@ -120,7 +120,7 @@ def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
 
 
 def _disks(guest: Guest, sources: Sequence[Sequence[Source]]) -> Iterator[str]:
-    for option, value in disk_devices.options(guest.disks, sources):
+    for option, value in disk_devices.options(guest.disks, sources, guest.disk_ports()):
         yield from (option, value) if isinstance(value, str) else _json(option, value)
 
 

@@ -171,7 +171,7 @@ class Guest(_Table, frozen=True):
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
     machine: Literal["q35", "pc"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
-    ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for NICs that come and go: 4 on q35
+    ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for what comes and goes: 4 on q35
     vnc: bool | Annotated[int, Meta(ge=0, le=59635)] = False
     video: Literal["VGA", "virtio-vga"] | None = None
     nics: tuple[Nic, ...] = ()
