@@ -51,7 +51,7 @@ DESCRIPTIONS = {
     "Guest.cpus": "Virtual CPUs.",
     "Guest.machine": "QEMU's machine type.",
     "Guest.accel": "QEMU's accelerator; auto takes KVM where it is seen to work.",
-    "Guest.ports": "PCIe ports of a q35, for NICs and disks that come and go while it runs; by default 4.",
+    "Guest.ports": "PCIe ports of a q35, for NICs and disks that come and go; by default 4.",
     "Guest.vnc": "true: VNC on a Unix socket; a number: that display, on loopback.",
     "Guest.video": "The display adapter; by default VGA with vnc, else none.",
     "Guest.nics": "The guest's NICs, in its order.",

@@ -125,9 +125,8 @@ def test_restart(name: str) -> None:
     assert any(line.startswith(f"restart guest vm1: {why}") for line in lines)
     assert any(line.startswith("create again guest vm1 (") for line in lines)
     machine = FakeSystem(state(old))
-    with pytest.raises(
-        ConflictError, match=re.escape(f"guest vm1 has to restart: {why}")
-    ) as refused:
+    refusal = re.escape(f"guest vm1 has to restart: {why}")
+    with pytest.raises(ConflictError, match=refusal) as refused:
         engine.apply(machine, state(new), Progress(), restart=False)
     assert "netorch apply --restart" in refused.value.hint
     assert machine.changes == 0
