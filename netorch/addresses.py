@@ -4,10 +4,11 @@ They are derived from names, by hash; where two names hash to the same value, th
 first in the file keeps it. So adding something to a file does not move what was there before.
 """
 
-import hashlib
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
+from netorch.digests import blake2s
 from netorch.errors import ConflictError
 from netorch.facts import Facts
 from netorch.model import Dhcp, HostNic, Network, Nic, Topology
@@ -20,34 +21,60 @@ def gateways(topology: Topology, facts: Facts) -> dict[str, IPv4Interface | None
     """Each network's address on this machine. "auto" keeps what the running lab has, if it is still
     free.
     """
-    taken = [IPv4Network(prefix) for prefix in facts.taken]
+    taken = Ranges(IPv4Network(prefix) for prefix in facts.taken)
     found: dict[str, IPv4Interface | None] = {}
     for name, network in topology.networks.items():
         if network.address not in (None, "auto"):
-            found[name] = IPv4Interface(network.address)
+            found[name] = gateway = IPv4Interface(network.address)
+            taken.add(gateway.network)
+    free = (subnet for subnet in _candidates() if subnet not in taken)
     for name, network in topology.networks.items():
         if name in found:
             continue
         if network.address is None and network.mode == "bridge":
             found[name] = None
             continue
-        others = [*taken, *(gateway.network for gateway in found.values() if gateway)]
         current = facts.addresses.get(name)
-        if current and not any(IPv4Interface(current).network.overlaps(other) for other in others):
-            found[name] = IPv4Interface(current)
+        if current and IPv4Interface(current).network not in taken:
+            gateway = IPv4Interface(current)
+        elif (subnet := next(free, None)) is not None:
+            gateway = IPv4Interface(f"{subnet.network_address + 1}/24")
         else:
-            found[name] = _first_free(others, name)
+            raise ConflictError(f"network {name}: no free /24 is left for an automatic address")
+        found[name] = gateway
+        taken.add(gateway.network)
     return found
 
 
-def _first_free(taken: list[IPv4Network], network: str) -> IPv4Interface:
+def _candidates() -> Iterator[IPv4Network]:
+    """Every /24 that an automatic address may be in, in the order of preference."""
     for pool in AUTO:
         for subnet in pool.subnets(new_prefix=24) if pool.prefixlen < 24 else (pool,):
             if pool.prefixlen == 16 and subnet.network_address.packed[2] <= 122:
                 continue  # 192.168.0.0/24 to .122: where home routers live
-            if not any(subnet.overlaps(other) for other in taken):
-                return IPv4Interface(f"{subnet.network_address + 1}/24")
-    raise ConflictError(f"network {network}: no free /24 is left for an automatic address")
+            yield subnet
+
+
+class Ranges:
+    """Address ranges, to be asked whether another one meets any of them."""
+
+    def __init__(self, networks: Iterable[IPv4Network] = ()) -> None:
+        self._first: list[int] = []  # of disjoint ranges, sorted
+        self._last: list[int] = []
+        for network in networks:
+            self.add(network)
+
+    def __contains__(self, network: IPv4Network) -> bool:
+        """Does any part of it lie in one of the ranges?"""
+        at = bisect_right(self._first, int(network.broadcast_address)) - 1
+        return at >= 0 and self._last[at] >= int(network.network_address)
+
+    def add(self, network: IPv4Network) -> None:
+        first, last = int(network.network_address), int(network.broadcast_address)
+        start, end = bisect_left(self._last, first), bisect_right(self._first, last)
+        if start < end:  # those that it meets become one with it
+            first, last = min(first, self._first[start]), max(last, self._last[end - 1])
+        self._first[start:end], self._last[start:end] = [first], [last]
 
 
 def dhcp_range(
@@ -124,7 +151,7 @@ class Macs:
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2s(text.encode()).digest()
+    return blake2s(text)
 
 
 def uplink_subnet(topology: Topology) -> str:
@@ -136,9 +163,10 @@ def uplink_subnet(topology: Topology) -> str:
         for network in topology.networks.values()
         if network.address not in (None, "auto")
     ]
+    taken = Ranges(written)
     candidates = IPv4Network("10.0.0.0/8").subnets(new_prefix=24)
     return next(
         str(subnet)
         for subnet in candidates
-        if subnet >= IPv4Network("10.0.2.0/24") and not any(subnet.overlaps(w) for w in written)
+        if subnet >= IPv4Network("10.0.2.0/24") and subnet not in taken
     )

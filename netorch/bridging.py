@@ -28,7 +28,7 @@ def needs_no_rights(topology: Topology) -> bool:
     """Is it nothing but guests on bridges of others? qemu-bridge-helper has taps for them."""
     nics = [nic for guest in topology.guests.values() for nic in guest.nics]
     return (
-        bool(nics)
+        any(nic.network for nic in nics)
         and all(network.external for network in topology.networks.values())
         and all(nic.queues == 1 for nic in nics)
         and not (topology.hosts or topology.taps)

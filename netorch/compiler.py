@@ -13,7 +13,8 @@ import msgspec
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
 from netorch.guest_disks import disks_of, hot_disks, storage_of
-from netorch.model import Dhcp, Guest, Host, HostNic, Network, Taps, Topology
+from netorch.guest_nics import guest_nics, user_subnets
+from netorch.model import Dhcp, Guest, Host, HostNic, Network, Nic, Taps, Topology
 from netorch.names import bridge_name, tap_id, tap_name, tap_names, veth_name
 from netorch.networks import (
     Reservation,
@@ -29,11 +30,13 @@ from netorch.resources import (
     DhcpClient,
     Dnsmasq,
     Forwarding,
-    GuestNic,
+    GuestBoot,
     Namespace,
     Record,
     Resource,
+    Seed,
     Tap,
+    Variables,
     Veth,
 )
 from netorch.resources import Guest as RunningGuest
@@ -67,6 +70,12 @@ class _Compiler:
         self.source = source
         self.macs = Macs(topology)
         self.gateways = gateways(topology, facts)
+        self.nics: dict[str, list[tuple[str, int, Nic | HostNic]]] = {}
+        for node, index, nic in nics_of(topology):
+            if nic.network is not None:
+                self.nics.setdefault(nic.network, []).append((node, index, nic))
+        modes = {network.mode for network in topology.networks.values()}
+        self.routed = not modes.isdisjoint(("nat", "route", "open"))
         self.bridges = {name: bridge_name(name, net) for name, net in topology.networks.items()}
         self.segments = {name: self._segment(name) for name in topology.networks}
 
@@ -93,10 +102,15 @@ class _Compiler:
         for uplink in self._uplinks():
             yield Forwarding(name=uplink)
         for segment in self.segments.values():
-            if segment.gateway and (segment.dhcp_first or segment.dns):
-                yield self._dnsmasq(segment)
+            tftp = self.topology.networks[segment.network].tftp or ""
+            if segment.gateway and (segment.dhcp_first or segment.dns or tftp):
+                yield self._dnsmasq(segment, tftp)
         for name, guest in self.topology.guests.items():
             yield from storage_of(name, guest, disks_of(guest, self.facts.formats))
+            if guest.firmware == "uefi":
+                yield Variables(guest=name, machine=guest.machine)
+            if guest.user_data or guest.ssh_keys:
+                yield self._seed(name, guest)
             yield self._guest(name, guest)
 
     def _bridge(self, name: str, segment: Segment) -> Bridge:
@@ -126,10 +140,9 @@ class _Compiler:
 
     def _is_lan(self, name: str) -> bool:
         """Is this a bridged network that the lab's routed ones may leave by?"""
-        routed = any(n.mode in ("nat", "route", "open") for n in self.topology.networks.values())
         network = self.topology.networks[name]
         member = bool(self.gateways[name] or network.uplink)
-        return network.mode == "bridge" and member and routed
+        return network.mode == "bridge" and member and self.routed
 
     def _uplinks(self) -> list[str]:
         """Foreign interfaces that traffic of the lab leaves by; forwarding has to be on for the
@@ -137,8 +150,8 @@ class _Compiler:
         """
         found: dict[str, None] = {}
         networks = self.topology.networks.values()
-        taken_in = [n.uplink for n in networks if n.mode == "bridge"]
-        ours = [bridge for name, bridge in self.bridges.items() if not self._is_external(name)]
+        taken_in = {n.uplink for n in networks if n.mode == "bridge"}
+        ours = {bridge for name, bridge in self.bridges.items() if not self._is_external(name)}
         for network in networks:
             if network.mode not in ("nat", "route", "open"):
                 continue
@@ -164,6 +177,7 @@ class _Compiler:
             dhcp_first=str(first) if first else "",
             dhcp_last=str(last) if last else "",
             lease=network.dhcp.lease if isinstance(network.dhcp, Dhcp) else "1h",
+            boot=(network.dhcp.boot or "") if isinstance(network.dhcp, Dhcp) else "",
             dns=network.dns,
             domain=network.domain or "",
             reservations=tuple(self._reservations(name, first, last)),
@@ -188,7 +202,7 @@ class _Compiler:
         """One for every NIC that asks this network for an address: so addresses never wander."""
         if first is None or last is None:
             return
-        nics = [(node, i, nic) for node, i, nic in nics_of(self.topology) if nic.network == name]
+        nics = self.nics.get(name, ())
         fixed = {
             nic.address.partition("/")[0] for _, _, nic in nics if nic.address not in (None, "dhcp")
         }
@@ -212,12 +226,11 @@ class _Compiler:
             named.add(node)
 
     def _static_names(self, name: str) -> Iterator[tuple[str, str]]:
-        for host, definition in self.topology.hosts.items():
-            for nic in definition.nics:
-                if nic.network == name and nic.address not in (None, "dhcp"):
-                    yield (str(IPv4Interface(nic.address).ip), host)
+        for host, _, nic in self.nics.get(name, ()):
+            if isinstance(nic, HostNic) and nic.address not in (None, "dhcp"):
+                yield (str(IPv4Interface(nic.address).ip), host)
 
-    def _dnsmasq(self, segment: Segment) -> Dnsmasq:
+    def _dnsmasq(self, segment: Segment, tftp: str) -> Dnsmasq:
         stem = f"{self.run}/dnsmasq-{segment.network}"
         return Dnsmasq(
             network=segment.network,
@@ -227,9 +240,11 @@ class _Compiler:
                 hosts=f"{stem}.hosts",
                 names=f"{stem}.names",
                 log=f"{stem}.log",
+                tftp=tftp,
             ),
             hosts=dhcp_hosts(segment),
             names=static_names(segment),
+            tftp=tftp,
         )
 
     def _taps(self, name: str, taps: Taps) -> Iterator[Tap]:
@@ -238,7 +253,7 @@ class _Compiler:
 
     def _guest_taps(self, name: str, guest: Guest) -> Iterator[Tap]:
         for index, nic in enumerate(guest.nics):
-            if self.facts.helper:
+            if self.facts.helper or nic.network is None:
                 continue
             mac = self.macs.of_nic(name, index, nic.mac)
             yield self._tap(
@@ -289,6 +304,7 @@ class _Compiler:
                 yield DhcpClient(host=name, device=f"eth{index}")
 
     def _guest(self, name: str, guest: Guest) -> RunningGuest:
+        boot_nics = tuple(self._boot_nics(guest)) if guest.boot == "network" else ()
         return RunningGuest(
             name=name,
             image=guest.image,
@@ -296,29 +312,58 @@ class _Compiler:
             accel=guest.accel,
             memory=memory_mib(guest.memory),
             cpus=guest.cpus,
-            nics=tuple(
-                GuestNic(
-                    id=tap_id(index, nic),
-                    mac=self.macs.of_nic(name, index, nic.mac),
-                    model=nic.model,
-                    tap="" if self.facts.helper else tap_name(name, index, nic),
-                    queues=nic.queues,
-                    bridge=self.bridges[nic.network] if self.facts.helper else "",
-                    network=nic.network,
-                    served=bool(self.segments[nic.network].dhcp_first),
-                    link=nic.link,
-                )
-                for index, nic in enumerate(guest.nics)
+            nics=guest_nics(
+                self.topology,
+                name,
+                macs=self.macs,
+                subnets=user_subnets(self.gateways.values()),
+                served={n for n, segment in self.segments.items() if segment.dhcp_first},
+                helpers=self.bridges if self.facts.helper else None,
             ),
             disks=hot_disks(
-                disks_of(guest, self.facts.formats),
+                disks_of(guest, self.facts.formats, len(boot_nics)),
                 guest,
                 _ports(guest) if guest.machine == "q35" else None,
             ),
             vnc=_display(guest),
             video=guest.video or ("" if guest.vnc is False else "VGA"),
+            boot=GuestBoot(
+                kernel=guest.kernel or "",
+                initrd=guest.initrd or "",
+                cmdline=guest.cmdline or "",
+                nics=boot_nics,
+                uefi=guest.firmware == "uefi",
+                seed=bool(guest.user_data or guest.ssh_keys),
+            ),
             ports=_ports(guest),
         )
+
+    def _boot_nics(self, guest: Guest) -> Iterator[int]:
+        """Those on networks that say what to boot; where none of the lab's does, all of them."""
+        said = [
+            nic.network is not None and bool(self.segments[nic.network].boot) for nic in guest.nics
+        ]
+        yield from (index for index, boots in enumerate(said) if boots or not any(said))
+
+    def _seed(self, name: str, guest: Guest) -> Seed:
+        from netorch.cloud_init import SeedNic, seed_files
+
+        nics = [
+            SeedNic(self.macs.of_nic(name, index, nic.mac), self._has_dhcp(nic))
+            for index, nic in enumerate(guest.nics)
+        ]
+        files = seed_files(name, guest.user_data or "", guest.ssh_keys, nics)
+        return Seed(guest=name, files=files)
+
+    def _has_dhcp(self, nic: Nic) -> bool:
+        """Whether the lab serves it there, or the LAN that the network is a part of may, or what
+        is behind a NIC without a network does.
+        """
+        if nic.network is None:
+            return nic.wire is None
+        network = self.topology.networks[nic.network]
+        joined = network.external or (network.mode == "bridge" and network.uplink is not None)
+        return bool(self.segments[nic.network].dhcp_first) or joined
 
 
 def _display(guest: Guest) -> str:

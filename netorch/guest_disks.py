@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from netorch.disk_devices import IMAGE
-from netorch.model import Disk, Guest
+from netorch.model import DISKLESS, Disk, Guest
 from netorch.resources import DiskLayer, GuestDisk, Overlay, Resource, Volume, behind_ports
 from netorch.topology_values import disk_bytes
 
@@ -24,17 +24,19 @@ def disk_name(index: int, disk: Disk) -> str:
 
 def files_of(guest: Guest) -> Iterator[str]:
     """The files at the top of the guest's disks, whose formats are read from their headers."""
-    if guest.image != "tiny":
+    if guest.image not in DISKLESS:
         yield guest.image
     yield from (disk.file for disk in guest.disks if disk.file)
 
 
-def disks_of(guest: Guest, formats: Mapping[str, str]) -> tuple[GuestDisk, ...]:
-    """The guest's disks in its order; `formats` are those of files, by their headers."""
+def disks_of(guest: Guest, formats: Mapping[str, str], before: int = 0) -> tuple[GuestDisk, ...]:
+    """The guest's disks in its order; `formats` are those of files, by their headers, `before` the
+    number of NICs that it boots from first.
+    """
     made: list[GuestDisk] = []
     for name, disk in _all(guest):
         bus = _bus(guest, disk)
-        before = sum(other.bus == bus for other in made)
+        unit = sum(other.bus == bus for other in made)
         made.append(
             GuestDisk(
                 name=name,
@@ -43,8 +45,8 @@ def disks_of(guest: Guest, formats: Mapping[str, str]) -> tuple[GuestDisk, ...]:
                 use=_use(disk),
                 layers=tuple(_layers(disk, formats)),
                 cdrom=disk.cdrom,
-                unit=before if bus in ("ide", "sata") else 0,
-                bootindex=1 if name == IMAGE else 0,
+                unit=unit if bus in ("ide", "sata") else 0,
+                bootindex=1 + before if name == IMAGE else 0,
             )
         )
     return tuple(made)
@@ -79,7 +81,7 @@ def storage_of(name: str, guest: Guest, disks: tuple[GuestDisk, ...]) -> Iterato
 
 
 def _all(guest: Guest) -> Iterator[tuple[str, Disk]]:
-    if guest.image != "tiny":
+    if guest.image not in DISKLESS:
         yield (
             IMAGE,
             Disk(

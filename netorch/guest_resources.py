@@ -5,6 +5,8 @@ from typing import ClassVar, Literal, Self
 
 import msgspec
 
+from netorch.boot_resources import GuestBoot
+from netorch.model import Forward
 from netorch.resource import Resource, short
 
 # The states of a QEMU that somebody may be at work in (qapi/run-state.json). In any other one the
@@ -103,39 +105,53 @@ class GuestDisk(msgspec.Struct, frozen=True, kw_only=True):
         return f"disk {self.name} {', '.join(what)}" if what else ""
 
 
-class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's NIC: the device that it sees (`model`, `mac`) and the tap behind it.
+class GuestNic(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A guest's NIC: the device that it sees (`model`, `mac`), and what is behind it.
 
     `id` is what the tap's key is made of: the NIC's number, or the tap's name where the file gives
-    one. `tap` is "" where qemu-bridge-helper gives it one, on the bridge of somebody else's
-    `bridge`. `network` is the one that it was told it is on, and `served` whether that has DHCP;
-    `link` is its cable. One that is not `attached` is half made, or has lost its tap.
+    one. `network` is the one that it was told it is on, and `served` whether that has DHCP; `link`
+    is its cable. One that is not `attached` is half made, or has lost what was behind it.
+
+    `backend` is
+    - "tap": the tap `tap` with so many `queues`, or one that qemu-bridge-helper gives it on the
+      bridge of somebody else's `bridge`
+    - "user" or "passt": QEMU's own network stack, or a passt of its own, which plays the `subnet`
+      and has the `forward`ed ports
+    - "wire": end 0 or 1 of a `wire` to another guest's NIC
     """
 
     id: str
     mac: str
     model: str
-    tap: str
+    backend: str = "tap"
+    tap: str = ""
     queues: int = 1
     bridge: str = ""
     network: str = ""
     served: bool = False
     link: Literal["up", "down"] = "up"
+    subnet: str = ""
+    forward: tuple[Forward, ...] = ()
+    wire: str = ""
+    end: int = 0
     attached: bool = True
 
     @property
     def hardware(self) -> tuple[object, ...]:
         """What makes it another device: to change that, it is unplugged and plugged."""
-        return self.mac, self.model, self.tap, self.queues, self.bridge, self.attached
+        behind = self.tap, self.queues, self.bridge, self.subnet, self.forward, self.wire, self.end
+        return self.mac, self.model, self.backend, *behind, self.attached
 
     def describe(self) -> str:
-        return f"NIC {self.tap or self.mac} on {self.network or self.bridge}"
+        behind = self.network or self.bridge
+        where = f"on {behind}" if behind else f"on wire {self.wire}" if self.wire else self.backend
+        return f"NIC {self.tap or self.mac} {where}"
 
     def changes(self, new: "GuestNic") -> str:
         if not self.attached:
             return f"plug {new.describe()} again"
         if not new.attached:
-            return f"NIC {self.tap or self.mac} has lost its tap"
+            return f"NIC {self.tap or self.mac} has lost its {self.backend}"
         fields = [
             f"{name} {getattr(self, name)} -> {getattr(new, name)}"
             for name in self.__struct_fields__
@@ -144,9 +160,25 @@ class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
         return f"NIC {self.tap or self.mac} {', '.join(fields)}"
 
 
+class Passt(Resource, frozen=True):
+    """The passt behind one NIC of a guest. It is a part of the guest, and no State has it; its
+    process is marked with it.
+    """
+
+    guest: str
+    mac: str
+
+    @property
+    def key(self) -> str:
+        return f"passt:{self.guest}:{self.mac}"
+
+    def describe(self) -> str:
+        return f"passt of guest {self.guest}, NIC {self.mac}"
+
+
 class Guest(Resource, frozen=True):
-    """A running QEMU. `image` is `tiny` or an absolute path, then also that of the first disk;
-    `memory` is in MiB.
+    """A running QEMU. `image` is `tiny`, `none`, or an absolute path, then also that of the first
+    disk; `memory` is in MiB.
 
     `ports` is how many PCIe ports it has for NICs and disks that come and go; a machine `pc` needs
     none.
@@ -167,6 +199,7 @@ class Guest(Resource, frozen=True):
     ports: int = 0
     vnc: str = ""
     video: str = ""
+    boot: GuestBoot = GuestBoot()
     state: str = "running"
 
     @property
@@ -176,7 +209,9 @@ class Guest(Resource, frozen=True):
     @property
     def needs(self) -> tuple[str, ...]:
         taps = (self.tap_key(nic) for nic in self.nics if nic.tap)
-        disks = filter(None, map(self.file_key, self.disks))
+        disks = [key for key in map(self.file_key, self.disks) if key]
+        disks += [f"seed:{self.name}"] if self.boot.seed else []
+        disks += [f"variables:{self.name}"] if self.boot.uefi else []
         services = (f"dnsmasq:{network}" for network in self.networks)
         return ("record", "ruleset", *disks, *taps, *services)
 
@@ -216,6 +251,8 @@ class Guest(Resource, frozen=True):
         return self._can_plug(new) and self._can_plug_disks(new) and self._can_move_screen(new)
 
     def after_replace(self, needed: str) -> Self | None:
+        if needed.startswith(("seed:", "variables:")):
+            return None
         if needed.startswith(("overlay:", "volume:")):
             return self._without_file(needed)
         nics = tuple(
@@ -284,6 +321,8 @@ class Guest(Resource, frozen=True):
         """
         if {nic.hardware for nic in self.nics} == {nic.hardware for nic in new.nics}:
             return True
+        if any(nic.backend == "user" and nic not in self.nics for nic in new.nics):
+            return False  # QEMU may be in a network namespace that leads nowhere
         return self._has_ports_for(new)
 
     def _can_plug_disks(self, new: "Guest") -> bool:

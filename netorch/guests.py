@@ -10,53 +10,60 @@ become an option. The guest starts stopped (-S); netorch lets it run by QMP when
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import msgspec
 
-from netorch import disk_devices, nic_devices
+from netorch import boot_devices, disk_devices, nic_devices
+from netorch.boot_devices import Firmware, Kernel
 from netorch.disk_devices import Source
+from netorch.nic_devices import Ends
 from netorch.resources import Guest, GuestNic
 
 # What no guest here uses, and what the firmware and the kernel would look for.
-_MACHINES = {"q35": "q35,sata=off,smbus=off,vmport=off", "pc": "pc,vmport=off"}
+_MACHINES = {
+    "q35": "q35,sata=off,smbus=off,vmport=off,usb=off",
+    "pc": "pc,vmport=off,usb=off",
+    "microvm": "microvm,usb=off",
+}
 
 # The processor that shows the guest all that the accelerator can do. The tiny guest has no use for
 # TCG's "max", whose features cost it 0.1 s of its boot.
 _CPUS = {"kvm": "host", "tcg": "max"}
 
 
-class Kernel(msgspec.Struct, frozen=True):
-    """A guest that boots a kernel directly."""
+class Boot(msgspec.Struct, frozen=True, kw_only=True):
+    """What a guest boots besides its disks: a kernel, by which firmware, and the seed that its
+    cloud-init finds.
+    """
 
-    kernel: Path
-    initrd: Path
-    cmdline: str
+    kernel: Kernel | None = None
+    firmware: Firmware | None = None
+    seed_fd: int | None = None
 
 
 class Descriptors(msgspec.Struct, frozen=True):
-    """What QEMU inherits: listening Unix sockets, for each NIC one tap descriptor a queue, and for
+    """What QEMU inherits: listening Unix sockets, for each NIC what its back-end needs, and for
     each disk its files (`netorch.disk_devices.blockdevs`).
     """
 
     qmp: int
     serial: int
     agent: int
-    taps: tuple[tuple[int, ...], ...] = ()
+    nics: tuple[Ends, ...] = ()
     disks: tuple[tuple[Source, ...], ...] = ()
 
     def numbers(self) -> list[int]:
         """All of them."""
-        queues = [fd for tap in self.taps for fd in tap]
+        back_ends = [int(fd) for ends in self.nics for fd in (*ends.fds, *ends.vhost)]
         files = [source.fd for disk in self.disks for source in disk]
-        return [self.qmp, self.serial, self.agent, *queues, *files]
+        return [self.qmp, self.serial, self.agent, *back_ends, *files]
 
 
 def argv(
-    guest: Guest, *, program: str, accel: str, kernel: Kernel | None, fds: Descriptors, log: str
+    guest: Guest, *, program: str, accel: str, boot: Boot, fds: Descriptors, log: str
 ) -> list[str]:
     """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's.
-    Without a `kernel` the guest boots from a disk.
+    Without a kernel the guest boots from a disk, or from the network.
     """
     return [
         *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
@@ -65,7 +72,7 @@ def argv(
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         ),
-        *("-machine", f"{_MACHINES[guest.machine]},usb=off,dump-guest-core=off"),
+        *("-machine", _machine(guest, boot)),
         *("-accel", accel),
         *(() if guest.image == "tiny" and accel == "tcg" else ("-cpu", _CPUS[accel])),
         *("-smp", f"cpus={guest.cpus}", "-m", f"size={guest.memory}M"),
@@ -74,13 +81,15 @@ def argv(
         *(
             word
             for index, nic in enumerate(guest.nics)
-            for word in _nic(index, nic, fds.taps[index], guest.port_of(index))
+            for word in _nic(guest, index, nic, fds.nics[index])
         ),
-        *(_kernel(guest, kernel) if kernel else ()),
+        *(boot_devices.kernel_options(boot.kernel) if boot.kernel else ()),
         *_disks(guest, fds.disks),
+        *(_firmware(boot.firmware) if boot.firmware else ()),
+        *(_seed(boot.seed_fd) if boot.seed_fd is not None else ()),
         *_json("-object", {"qom-type": "rng-builtin", "id": "rng"}),
-        *_json("-device", {"driver": "virtio-rng-pci", "rng": "rng"}),
-        *_json("-device", {"driver": "virtio-serial-pci", "id": "ports"}),
+        *_json("-device", {"driver": _virtio(guest, "rng"), "rng": "rng"}),
+        *_json("-device", {"driver": _virtio(guest, "serial"), "id": "ports"}),
         *_json(
             "-device",
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
@@ -90,8 +99,11 @@ def argv(
 
 
 def needs_network(guest: Guest) -> bool:
-    """Whether QEMU itself opens connections or ports, in the network namespace that it runs in."""
-    return guest.vnc not in ("", "socket")
+    """Whether QEMU itself opens connections or ports, in the network namespace that it runs in.
+    All else it is handed, or has as Unix sockets.
+    """
+    listens = guest.vnc not in ("", "socket")
+    return listens or any(nic.backend == "user" for nic in guest.nics)
 
 
 def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
@@ -107,21 +119,44 @@ def _character_devices(fds: Descriptors, log: str) -> Iterator[str]:
     yield from ("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off")
 
 
-def _nic(index: int, nic: GuestNic, queues: Sequence[int], port: str) -> Iterator[str]:
+def _machine(guest: Guest, boot: Boot) -> str:
+    options = f"{_MACHINES[guest.machine]},dump-guest-core=off"
+    if guest.boot.nics and not guest.video:
+        options += ",graphics=off"  # SeaBIOS and iPXE then speak on the serial console
+    return options + (boot_devices.FLASH_OPTIONS if boot.firmware else "")
+
+
+def _nic(guest: Guest, index: int, nic: GuestNic, ends: Ends) -> Iterator[str]:
+    port = guest.port_of(index)
+    device = nic_devices.device(nic, port)
+    if index in guest.boot.nics:
+        device = boot_devices.from_network(device, 1 + guest.boot.nics.index(index))
     plugged = nic_devices.Plugged(nic=nic, index=index, port=port)
     yield from _json("-object", nic_devices.spec(plugged))
-    yield from _json("-netdev", nic_devices.netdev(nic, queues))
-    yield from _json("-device", nic_devices.device(nic, port))
-
-
-def _kernel(guest: Guest, boot: Kernel) -> Iterator[str]:
-    yield from ("-kernel", str(boot.kernel), "-initrd", str(boot.initrd))
-    yield from ("-append", f"{boot.cmdline} netorch.hostname={guest.name}")
+    yield from _json("-netdev", nic_devices.netdev(nic, ends))
+    yield from _json("-device", device)
 
 
 def _disks(guest: Guest, sources: Sequence[Sequence[Source]]) -> Iterator[str]:
     for option, value in disk_devices.options(guest.disks, sources, guest.disk_ports()):
         yield from (option, value) if isinstance(value, str) else _json(option, value)
+
+
+def _virtio(guest: Guest, kind: str) -> str:
+    """A virtio device's name: a microvm has no PCI, and its devices are found by virtio-mmio."""
+    return f"virtio-{kind}-{'device' if guest.machine == 'microvm' else 'pci'}"
+
+
+def _firmware(firmware: Firmware) -> Iterator[str]:
+    yield from ("-add-fd", f"fd={firmware.fd},set={boot_devices.FIRMWARE_SET}")
+    for node in boot_devices.flash(firmware):
+        yield from _json("-blockdev", node)
+
+
+def _seed(fd: int) -> Iterator[str]:
+    yield from ("-add-fd", f"fd={fd},set={boot_devices.SEED_SET}")
+    yield from _json("-blockdev", boot_devices.seed_blockdev())
+    yield from _json("-device", boot_devices.seed_device())
 
 
 def screen(guest: Guest) -> Iterator[str]:

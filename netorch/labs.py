@@ -8,6 +8,7 @@ from inside.
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,13 +20,14 @@ from netorch.engine import Progress
 from netorch.errors import NetorchError, ReadyError
 from netorch.facts import Facts
 from netorch.model import Topology
+from netorch.nic_devices import idle_queues
 from netorch.planner import Action, Plan, diff
-from netorch.resources import Resource, Ruleset
+from netorch.resources import DhcpClient, Guest, Resource, Ruleset
 from netorch.state import EMPTY, State
 from netorch.surroundings import fresh_facts, refuse_held, with_names
-from netorch.system import Adapter, System, confirmation, rundir
+from netorch.system import System, confirmation, rundir
 from netorch.system.confirmation import Pending, Watchdog
-from netorch.system.endings import Ending, endings
+from netorch.system.look import Look
 from netorch.system.places import (
     Place,
     create_private,
@@ -42,6 +44,10 @@ from netorch.whereabouts import find_all as find_all
 from netorch.whereabouts import lab_of, note_place, place_for, refuse_a_twin, run_of
 from netorch.whereabouts import labs as labs
 from netorch.whereabouts import topology_of as topology_of
+
+if TYPE_CHECKING:
+    from netorch.system.endings import Ending
+    from netorch.system.readiness import Readiness
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -60,7 +66,7 @@ class Standing(msgspec.Struct, frozen=True):
     desired: State | None
     observed: State
     pending: Pending | None = None  # a confirmation
-    endings: Mapping[str, Ending] = {}  # of guests that are missing
+    endings: Mapping[str, "Ending"] = {}  # of guests that are missing
 
     def rows(self) -> list[tuple[str, str, Resource]]:
         """(ok | missing | changed | stray, key, resource), in the order of the desired state."""
@@ -87,28 +93,9 @@ def machine(
     """The adapters of all resources, or of `only` these, over the namespaces that this process is
     in.
     """
-    from netorch.system.bridge_uplinks import BridgeUplinks
-    from netorch.system.disks import Disks
-    from netorch.system.firewall import Firewall
-    from netorch.system.guests import Guests
-    from netorch.system.hosts import Hosts
-    from netorch.system.links import Links
-    from netorch.system.services import DhcpClients, Dnsmasqs
+    from netorch.system.adapters import adapters
 
-    adapters: list[Adapter] = [
-        rundir.Records(scope),
-        Hosts(scope),
-        Links(scope),
-        BridgeUplinks(scope, warn),
-        Firewall(scope),
-        Dnsmasqs(scope),
-        DhcpClients(scope),
-        Disks(scope),
-        Guests(scope, report),
-    ]
-    if only is not None:
-        adapters = [adapter for adapter in adapters if not only.isdisjoint(adapter.kinds)]
-    return System(adapters)
+    return System(scope, adapters(scope, report, warn, only))
 
 
 def apply(
@@ -202,8 +189,8 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     lab = lab_of(name, place)
     if place.private:
         enter(place)
-    system = machine(lab.scope)
-    todo = diff(_desired(lab, topology, source), system.observe())
+    system, look = machine(lab.scope), Look(lab.scope)
+    todo = diff(_desired(lab, topology, source, look), system.observe(look))
     engine.check(system, todo)
     return Outcome(name, place, todo)
 
@@ -218,11 +205,16 @@ def status(lab: Lab) -> Standing:
 
 def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     """As `status`, in a process that is in the lab's place."""
-    observed = machine(lab.scope).observe()
+    look = Look(lab.scope)
+    observed = machine(lab.scope).observe(look)
     record = rundir.recorded(lab.run)
     if record is None:
         return Standing(lab, None, observed, waiting)
-    desired = _desired(lab, topology_of(record), record.source)
+    desired = _desired(lab, topology_of(record), record.source, look)
+    if not (lab.run / "guests").exists():
+        return Standing(lab, desired, observed, waiting)
+    from netorch.system.endings import endings
+
     return Standing(lab, desired, observed, waiting, endings(lab.scope))
 
 
@@ -270,11 +262,12 @@ def _apply_here(
     watchdog: Watchdog | None = None,
     fresh: bool = False,
 ) -> Plan:
+    look = Look(lab.scope)
     if fresh and lab.place.uplink == "none":
         facts = with_names(Facts(), topology)  # there is nothing but lo
         desired = compile(topology, facts, lab.run, lab.scope.table, source)
     else:
-        desired = _desired(lab, topology, source)
+        desired = _desired(lab, topology, source, look)
 
     def ready(plan: Plan) -> None:
         if watchdog is not None:
@@ -285,24 +278,37 @@ def _apply_here(
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
-        readiness.all(plan)
-
-    from netorch.system.memory import refuse_too_much
-    from netorch.system.readiness import Readiness
+        for guest in desired.of(Guest) if plan else ():
+            for line in idle_queues(guest):
+                progress.warn(line)
+        if readiness is not None:
+            readiness.all(plan)
 
     only = {type(resource) for resource in desired} if fresh else None
     adapters = machine(lab.scope, progress.waiting, progress.warn, only)
-    readiness = Readiness(
-        lab.scope, topology.guests, desired, topology.lab.timeout, progress.waiting
-    )
-    known = EMPTY if fresh else None
+    readiness = _readiness(lab, topology, desired, progress)
+    known = EMPTY if fresh else adapters.observe(look)
 
     def before(step: Sequence[Action], plan: Plan) -> None:
-        if not topology.lab.overcommit:
+        if topology.guests and not topology.lab.overcommit:
+            from netorch.system.memory import refuse_too_much
+
             refuse_too_much(plan)
-        readiness.before(step, plan)
+        if readiness is not None:
+            readiness.before(step, plan)
 
     return engine.apply(adapters, desired, progress, ready, before, known, restart)
+
+
+def _readiness(
+    lab: Lab, topology: Topology, desired: State, progress: Progress
+) -> "Readiness | None":
+    """What has to be waited for; None where nothing comes to life by itself."""
+    if not any(isinstance(resource, Guest | DhcpClient) for resource in desired):
+        return None
+    from netorch.system.readiness import Readiness
+
+    return Readiness(lab.scope, topology.guests, desired, topology.lab.timeout, progress.waiting)
 
 
 def _outside(name: str, run: Path) -> Scope:
@@ -321,10 +327,10 @@ def _create_private(topology: Topology, run: Path) -> Place:
         raise
 
 
-def _desired(lab: Lab, topology: Topology, source: str) -> State:
+def _desired(lab: Lab, topology: Topology, source: str, look: Look | None = None) -> State:
     from netorch.system.facts import observe_facts
 
-    observed = observe_facts(lab.scope, named_interfaces(topology))
+    observed = observe_facts(lab.scope, named_interfaces(topology), look)
     helper = needs_no_rights(topology) and not has_net_admin()
     facts = with_names(msgspec.structs.replace(observed, helper=helper), topology)
     return compile(topology, facts, lab.run, lab.scope.table, source)

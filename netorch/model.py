@@ -19,6 +19,7 @@ SERIAL = r"^[!-~]([ -~]{0,18}[!-~])?$(?!\n)"
 MAC = r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$(?!\n)"
 LEASE = r"^([0-9]{1,9}[smhdw]?|infinite)$(?!\n)"
 USER = r"^[^\s:\x00]{1,255}$(?!\n)"
+BOOT_FILE = r"^[A-Za-z0-9_./:@+-]{1,127}$(?!\n)"  # DHCP has 128 bytes for it
 READY = r"^(lease|agent|none|tcp:[0-9]{1,5}|console:.+)$(?!\n)"
 BY = r"^(ping|dhcp|(tcp|udp):[0-9]{1,5}|dns:[^\s\x00]{1,253})$(?!\n)"
 
@@ -41,6 +42,14 @@ Interface = Annotated[
 Mac = Annotated[str, Meta(pattern=MAC, description="a MAC address such as 52:54:00:12:34:56")]
 Lease = Annotated[
     str, Meta(pattern=LEASE, description='a lease time such as "30m", "1h", "7d" or "infinite"')
+]
+BootFile = Annotated[
+    str,
+    Meta(
+        pattern=BOOT_FILE,
+        description="a file to boot: a path below the directory of tftp, or a URL; at most 127 "
+        "letters, digits, `_`, `.`, `/`, `:`, `@`, `+`, `-`",
+    ),
 ]
 User = Annotated[str, Meta(pattern=USER, description="a user's name")]
 By = Annotated[
@@ -71,10 +80,12 @@ Ready = Annotated[
     ),
 ]
 Memory = Annotated[str, Meta(description='an amount of memory such as "256M" or "1G"')]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+DISKLESS = ("tiny", "none")  # the values of a guest's image that are no file
 Mode = Literal["nat", "route", "open", "isolated", "bridge"]
 Bus = Literal["virtio", "scsi", "sata", "ide", "nvme", "usb"]
 Format = Literal["auto", "qcow2", "raw"]
-Model = Literal["virtio-net-pci", "e1000", "rtl8139"]
+Model = Literal["virtio-net-pci", "e1000", "e1000e", "rtl8139", "vmxnet3", "virtio-net-device"]
 
 
 class _Table(
@@ -98,6 +109,7 @@ class Dhcp(_Table, frozen=True):
 
     range: tuple[str, str] | None = None  # all addresses but the gateway's
     lease: Lease = "1h"
+    boot: BootFile | None = None  # what a guest gets that boots from the network
 
 
 class Network(_Table, frozen=True):
@@ -107,6 +119,7 @@ class Network(_Table, frozen=True):
     bridge: Interface | None = None  # virbr0 for `default`, else br-NAME
     address: str | None = None  # "auto" for every mode but bridge, which has none
     dhcp: Dhcp | bool | None = None  # on where there is an address, but for mode bridge
+    tftp: str | None = None  # a directory
     dns: bool = True
     domain: Name | None = None
     uplink: Interface | None = None
@@ -116,11 +129,25 @@ class Network(_Table, frozen=True):
     stp: bool = False
 
 
-class Nic(_Table, frozen=True):
-    """One of a guest's `nics`. `address` is a DHCP reservation."""
+class Forward(_Table, frozen=True):
+    """One of a NIC's `forward`: a port of this machine that leads to one of the guest."""
 
-    network: Name
-    model: Model = "virtio-net-pci"
+    port: Port
+    to: Port | None = None  # the same
+    protocol: Literal["tcp", "udp"] = "tcp"
+    address: str = "127.0.0.1"  # where it listens
+
+
+class Nic(_Table, frozen=True):
+    """One of a guest's `nics`: on a network, on a wire, or with a back-end that needs neither.
+    `address` is a DHCP reservation.
+    """
+
+    network: Name | None = None
+    wire: Name | None = None
+    backend: Literal["tap", "user", "passt"] = "tap"
+    forward: tuple[Forward, ...] = ()
+    model: Model | None = None  # virtio-net-pci, on a microvm virtio-net-device
     address: str | None = None
     mac: Mac | None = None
     queues: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -162,15 +189,22 @@ class Disk(_Table, frozen=True):
 class Guest(_Table, frozen=True):
     """`[guests.NAME]`: a QEMU virtual machine."""
 
-    image: str = "tiny"
+    image: str = "tiny"  # "none" where a kernel or the network is booted
     format: Format = "auto"
     backing: tuple[Layer, ...] = ()  # of the image
     bus: Bus = "virtio"  # of the image
     persistent: bool = False  # the image
     memory: int | Memory = "256M"
     cpus: Annotated[int, Meta(ge=1, le=255)] = 1
-    machine: Literal["q35", "pc"] = "q35"
+    machine: Literal["q35", "pc", "microvm"] = "q35"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
+    firmware: Literal["bios", "uefi"] = "bios"
+    boot: Literal["disk", "network"] = "disk"
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str | None = None
+    user_data: str | None = None  # cloud-init's: a path, or the text itself
+    ssh_keys: tuple[str, ...] = ()  # public keys, or paths of files of them
     ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for what comes and goes: 4 on q35
     vnc: bool | Annotated[int, Meta(ge=0, le=59635)] = False
     video: Literal["VGA", "virtio-vga"] | None = None

@@ -1,5 +1,6 @@
 """Names of interfaces that nobody wrote: derived from the topology alone, at most 15 bytes."""
 
+from netorch.digests import blake2s
 from netorch.model import Network, Nic, Taps
 
 
@@ -34,6 +35,4 @@ def shorten(name: str) -> str:
     """`name` as an interface name: at most 15 bytes; a longer one is its start and a hash."""
     if len(name) <= 15:
         return name
-    import hashlib  # costs 3 ms, and few names are long
-
-    return f"{name[:8]}-{hashlib.blake2s(name.encode()).hexdigest()[:6]}"
+    return f"{name[:8]}-{blake2s(name).hex()[:6]}"

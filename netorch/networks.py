@@ -25,13 +25,13 @@ overrides no drop in another table: see `netorch.system.firewall.foreign_drops`.
 dnsmasq. One process a network, bound to its bridge, reading nothing but the three texts from here.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
 
+from netorch.digests import sha256
 from netorch.resources import Ruleset
 
 # The characters that a value may have in both languages without meaning anything but itself.
@@ -56,7 +56,8 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 
     `subnet` is `a.b.c.d/len` and `gateway` the bridge's address in it; both are "" where the bridge
     has none. `uplink` is the only interface that nat or route may leave by ("": any). `dhcp_first`
-    is "" without DHCP; `lease` is in dnsmasq's form. `names` are pairs of address and name.
+    is "" without DHCP; `lease` is in dnsmasq's form; `boot` is the file or URL that it gives to
+    who boots from the network. `names` are pairs of address and name.
 
     Raises ValueError for a value that would mean more than itself in a configuration file.
     """
@@ -71,6 +72,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     dhcp_first: str = ""
     dhcp_last: str = ""
     lease: str = "1h"
+    boot: str = ""
     dns: bool = True
     domain: str = ""
     reservations: tuple[Reservation, ...] = ()
@@ -99,18 +101,25 @@ def ruleset(table: str, segments: Sequence[Segment]) -> Ruleset | None:
         return None
     parts = [*_sets(guarded), *_forward(guarded), *_postrouting(guarded)]
     body = "\n".join(part for part in parts if part)
-    digest = hashlib.sha256(body.encode()).hexdigest()[:32]
+    digest = sha256(body)[:32]
     return Ruleset(text=f'table inet {table} {{\n\tcomment "{digest}"\n{body}}}\n', digest=digest)
 
 
 def dnsmasq_config(
-    segment: Segment, *, leases: str, hosts: str, names: str, log: str, resolv: str = ""
+    segment: Segment,
+    *,
+    leases: str,
+    hosts: str,
+    names: str,
+    log: str,
+    resolv: str = "",
+    tftp: str = "",
 ) -> str:
     """dnsmasq's configuration for one network, to be given as its only one by --conf-file.
 
     The arguments are paths: of the lease database and the log, which dnsmasq writes, of what
-    `dhcp_hosts` and `static_names` return, and of a resolv.conf that says whom to ask ("": the
-    machine's own).
+    `dhcp_hosts` and `static_names` return, of a resolv.conf that says whom to ask ("": the
+    machine's own), and of the directory that it serves by TFTP ("": none).
     """
     lines = [
         f"# netorch: network {segment.network}",
@@ -124,6 +133,8 @@ def dnsmasq_config(
         "bind-dynamic",
         f"interface={segment.bridge}",
     ]
+    if tftp:
+        lines += ["enable-tftp", f"tftp-root={_path(tftp)}"]
     lines += _dns(segment, names, resolv) if segment.dns else ["port=0"]
     if segment.dhcp_first:
         lines += _dhcp(segment, leases, hosts)
@@ -271,6 +282,8 @@ def _dhcp(segment: Segment, leases: str, hosts: str) -> list[str]:
         # Every NIC of the lab has a reservation; the check costs 3 s a lease, one after the other.
         "no-ping",
     ]
+    if segment.boot:
+        lines.append(f"dhcp-boot={segment.boot}")
     if segment.mode == "isolated":
         lines.append("dhcp-option=3")  # no router
     if segment.mtu != 1500:

@@ -9,17 +9,18 @@ import click
 import msgspec
 
 from netorch.engine import Progress
-from netorch.expectations import Verdict
 from netorch.labs import Lab, Outcome, Standing, topology_of
 from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Guest, Resource
-from netorch.system import leases, rundir
-from netorch.system.confirmation import Pending
-from netorch.system.endings import Ending
+from netorch.system import rundir
 from netorch.system.places import Place
 
 if TYPE_CHECKING:
+    from netorch.expectations import Verdict
+    from netorch.system.confirmation import Pending
+    from netorch.system.endings import Ending
     from netorch.system.hops import Hop
+    from netorch.system.leases import Lease
 
 SIGNS: dict[type[Action], tuple[str, str]] = {
     Create: ("+", "green"),
@@ -131,7 +132,7 @@ def status_text(standing: Standing) -> None:
             if lines:
                 click.echo(f"\n{ending.guest}: the last lines of {log}:")
                 click.echo("\n".join(f"    {line}" for line in lines))
-    held = leases.read(lab.scope)
+    held = _leases(lab)
     if held:
         click.echo()
         leases_table(held)
@@ -141,7 +142,7 @@ def status_text(standing: Standing) -> None:
         click.echo("the record of its topology is lost: apply its file again, or tear it down")
 
 
-def _waiting(lab: Lab, waiting: Pending) -> str:
+def _waiting(lab: Lab, waiting: "Pending") -> str:
     if waiting.alive:
         left = f"{waiting.seconds_left:.0f} s left"
         return f"it is put back unless `netorch confirm {lab.name}` comes in time: {left}"
@@ -201,7 +202,7 @@ def lab_json(lab: Lab) -> dict[str, Any]:
 
 
 def leases_text(lab: Lab) -> None:
-    held = leases.read(lab.scope)
+    held = _leases(lab)
     if held:
         leases_table(held)
     else:
@@ -209,10 +210,16 @@ def leases_text(lab: Lab) -> None:
 
 
 def leases_json(lab: Lab) -> list[dict[str, Any]]:
-    return [msgspec.to_builtins(lease) for lease in leases.read(lab.scope)]
+    return [msgspec.to_builtins(lease) for lease in _leases(lab)]
 
 
-def leases_table(held: Iterable[leases.Lease]) -> None:
+def _leases(lab: Lab) -> "list[Lease]":
+    from netorch.system import leases  # an apply has none to show
+
+    return leases.read(lab.scope)
+
+
+def leases_table(held: "Iterable[Lease]") -> None:
     rows = [
         (lease.network, lease.name or "-", lease.address, lease.mac, _until(lease))
         for lease in held
@@ -240,7 +247,7 @@ def hops_json(hops: "Sequence[Hop]") -> list[dict[str, Any]]:
     return [msgspec.to_builtins(hop) for hop in hops]
 
 
-def verdicts_text(lab: str, verdicts: Sequence[Verdict]) -> None:
+def verdicts_text(lab: str, verdicts: "Sequence[Verdict]") -> None:
     """A line for each: what was expected, and what was observed."""
     for verdict in verdicts:
         sign = click.style("ok  ", fg="green") if verdict.ok else click.style("FAIL", fg="red")
@@ -255,7 +262,7 @@ def verdicts_text(lab: str, verdicts: Sequence[Verdict]) -> None:
         click.echo(f"lab {lab}: {failed} of {len(verdicts)} expectations are not met")
 
 
-def verdicts_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+def verdicts_json(verdicts: "Sequence[Verdict]") -> list[dict[str, Any]]:
     """`[{"from", "to", "by", "reach", "seen_as", "ok", "observed", "because", "seconds"}]`."""
     return [
         {
@@ -305,7 +312,7 @@ def _detail(standing: Standing, state: str, resource: Resource) -> str:
     return resource.describe()
 
 
-def _ending(standing: Standing, resource: Resource) -> Ending | None:
+def _ending(standing: Standing, resource: Resource) -> "Ending | None":
     return standing.endings.get(resource.name) if isinstance(resource, Guest) else None
 
 
@@ -321,7 +328,7 @@ def _place_json(place: Place | None) -> dict[str, Any] | None:
     return None if place is None else msgspec.to_builtins(place)
 
 
-def _until(lease: leases.Lease) -> str:
+def _until(lease: "Lease") -> str:
     if lease.expires == 0:
         return "never"
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(lease.expires))

@@ -15,11 +15,15 @@ from typing import ClassVar, Self
 
 import msgspec
 
+from netorch.boot_resources import GuestBoot as GuestBoot
+from netorch.boot_resources import Seed as Seed
+from netorch.boot_resources import Variables as Variables
 from netorch.guest_resources import DiskLayer as DiskLayer
 from netorch.guest_resources import Guest as Guest
 from netorch.guest_resources import GuestDisk as GuestDisk
 from netorch.guest_resources import GuestNic as GuestNic
 from netorch.guest_resources import Overlay as Overlay
+from netorch.guest_resources import Passt as Passt
 from netorch.guest_resources import Volume as Volume
 from netorch.guest_resources import behind_ports as behind_ports
 from netorch.resource import Resource as Resource
@@ -251,7 +255,8 @@ class Dnsmasq(Resource, frozen=True):
     """The DHCP and DNS server of one network.
 
     `config` is its configuration file, `hosts` the DHCP reservations and `names` the static names
-    (in the format of /etc/hosts); the last two are read again on SIGHUP.
+    (in the format of /etc/hosts); the last two are read again on SIGHUP. `tftp` is the directory
+    that it serves ("": none).
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"hosts", "names"})
@@ -259,6 +264,7 @@ class Dnsmasq(Resource, frozen=True):
     config: str
     hosts: str = ""
     names: str = ""
+    tftp: str = ""
 
     @property
     def key(self) -> str:
@@ -276,6 +282,7 @@ class Dnsmasq(Resource, frozen=True):
 
     def changes(self, new: Resource) -> list[str]:
         words = {"config": "configuration", "hosts": "reservations", "names": "names"}
+        words |= {"tftp": "TFTP directory"}
         return [words[f] for f in words if getattr(self, f) != getattr(new, f)]
 
 
@@ -313,8 +320,11 @@ AnyResource = (
     | Dnsmasq
     | DhcpClient
     | Overlay
+    | Seed
+    | Variables
     | Volume
     | Guest
+    | Passt
 )
 
 

@@ -7,7 +7,6 @@ every mistake, and a third time (`toml_lines`), for the line of each.
 A syntax error is the exception to "all": nothing after it can be trusted, so it stands alone.
 """
 
-import os
 import re
 import tomllib
 from collections.abc import Iterable
@@ -17,8 +16,9 @@ from typing import Any
 import msgspec
 
 from netorch.errors import Finding, Mistake, TopologyError, dotted
-from netorch.model import Guest, Layer, Topology
+from netorch.model import Topology
 from netorch.topology_checks import check
+from netorch.topology_files import complete
 from netorch.topology_values import memory_mib
 
 _SYNTAX_HINTS = {
@@ -54,8 +54,8 @@ def load(path: Path) -> Topology:
 def parse(text: str, source: str, base: Path) -> Topology:
     """The topology in the text; `source` is what messages call it, `base` where its paths begin.
 
-    The lab has its name, and images and disks are absolute paths; everything else is as written.
-    Raises TopologyError.
+    The lab has its name, and files are taken in (`netorch.topology_files`); everything else is as
+    written. Raises TopologyError.
     """
     try:
         data = tomllib.loads(text)
@@ -69,7 +69,7 @@ def parse(text: str, source: str, base: Path) -> Topology:
         raise TopologyError(source, _mistakes(text, data, str(error))) from error
     if check(topology):
         raise TopologyError(source, _mistakes(text, data, ""))
-    return _complete(topology, source, base)
+    return _complete(topology, source, base, text)
 
 
 def checked(topology: Topology, source: str, base: Path) -> Topology:
@@ -82,34 +82,17 @@ def checked(topology: Topology, source: str, base: Path) -> Topology:
         objection = str(error)
     if objection or check(topology):
         raise TopologyError(source, _mistakes("", data, objection))
-    return _complete(topology, source, base)
+    return _complete(topology, source, base, "")
 
 
-def _complete(topology: Topology, source: str, base: Path) -> Topology:
+def _complete(topology: Topology, source: str, base: Path, text: str) -> Topology:
+    topology, findings = complete(topology, base)
+    if findings:
+        raise TopologyError(source, _placed(text, findings))
     lab = topology.lab
     if lab.name is None:
         lab = msgspec.structs.replace(lab, name=_lab_name(source))
-    guests = {name: _absolute(guest, base) for name, guest in topology.guests.items()}
-    return msgspec.structs.replace(topology, lab=lab, guests=guests)
-
-
-def _absolute(guest: Guest, base: Path) -> Guest:
-    """The guest with the paths of its image and disks absolute."""
-
-    def there(path: str) -> str:
-        return os.path.abspath(base / path)
-
-    def layers(written: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        return tuple(msgspec.structs.replace(one, file=there(one.file)) for one in written)
-
-    disks = tuple(
-        msgspec.structs.replace(disk, file=there(disk.file), backing=layers(disk.backing))
-        if disk.file is not None
-        else disk
-        for disk in guest.disks
-    )
-    image = guest.image if guest.image == "tiny" else there(guest.image)
-    return msgspec.structs.replace(guest, image=image, backing=layers(guest.backing), disks=disks)
+    return msgspec.structs.replace(topology, lab=lab)
 
 
 def _lab_name(source: str) -> str:

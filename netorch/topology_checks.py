@@ -14,9 +14,11 @@ from typing import TypeVar
 from netorch.errors import Finding, Key, dotted, quoted
 from netorch.model import Dhcp, Guest, HostNic, Network, Nic, Topology
 from netorch.names import bridge_name
+from netorch.topology_boot import boots
 from netorch.topology_clashes import clashes, overlaps
 from netorch.topology_disks import storage
 from netorch.topology_expect import expectations
+from netorch.topology_nics import nics
 from netorch.topology_order import order
 from netorch.topology_values import (
     Wrong,
@@ -56,6 +58,7 @@ class _Checks:
         # What NICs want of a network: addresses that they name, and any address.
         self.fixed: dict[str, set[IPv4Address]] = {name: set() for name in topology.networks}
         self.asking = dict.fromkeys(topology.networks, 0)
+        self.bridged = {n.uplink: name for name, n in topology.networks.items() if _takes_in(n)}
 
     def run(self) -> list[Finding]:
         for name, network in self.topology.networks.items():
@@ -72,7 +75,9 @@ class _Checks:
         for finding in (*overlaps(self.subnets), *clashes(self.topology), *order(self.topology)):
             self.say(*finding)
         for path, message, hint, because in (
+            *nics(self.topology),
             *storage(self.topology),
+            *boots(self.topology),
             *expectations(self.topology),
         ):
             self.say(path, message, hint, *because)
@@ -116,9 +121,8 @@ class _Checks:
             self.say(
                 where, f'mode "{network.mode}" has no uplink', 'for mode "nat" or "route"', mode
             )
-        bridged = {n.uplink: name for name, n in self.topology.networks.items() if _takes_in(n)}
-        if network.uplink in bridged and not _takes_in(network):
-            other = bridged[network.uplink]
+        if network.uplink in self.bridged and not _takes_in(network):
+            other = self.bridged[network.uplink]
             bridge = bridge_name(other, self.topology.networks[other])
             message = f"{network.uplink} becomes a port of {bridge}, which has its routes then"
             self.say(where, message, quoted(bridge), mode, ("networks", other))
@@ -133,7 +137,7 @@ class _Checks:
             self.say(where, "netorch gives no services on a bridge of somebody else's", hint)
         if network.bridge is None:
             self.say(where, "needs the name of the bridge", 'bridge = "br0"')
-        for key in ("address", "dhcp", "domain", "uplink", "mac", "mtu", "stp"):
+        for key in ("address", "dhcp", "tftp", "domain", "uplink", "mac", "mtu", "stp"):
             if getattr(network, key) not in (None, False):
                 message = "can't be set: the bridge is somebody else's (external = true)"
                 self.say((*path, key), message, "leave it out", where)
@@ -208,9 +212,8 @@ class _Checks:
             self.say(path, f"{said} is too {amount} memory", f"{MIN_MEMORY} MiB to 16 TiB")
 
     def _nic(self, path: Key, nic: Nic) -> None:
-        if nic.queues > 1 and nic.model != "virtio-net-pci":
-            hint = 'several queues need model = "virtio-net-pci"'
-            self.say((*path, "queues"), f"{nic.model} has one queue", hint, (*path, "model"))
+        if nic.network is None:
+            return
         network = self._known_network((*path, "network"), nic.network)
         where = (*path, "address")
         if self._is_broken(where):

@@ -89,6 +89,8 @@ def _interfaces(topology: Topology) -> Iterator[tuple[Key, str]]:
     for name, guest in topology.guests.items():
         for index, nic in enumerate(guest.nics):
             path = ("guests", name, "nics", index)
+            if nic.network is None:
+                continue
             yield (*path, "tap") if nic.tap else path, names.tap_name(name, index, nic)
     for name, host in topology.hosts.items():
         for index in range(len(host.nics)):
@@ -130,11 +132,12 @@ def _displays(topology: Topology) -> Iterator[Finding]:
 
 def _ports(topology: Topology) -> Iterator[Finding]:
     ports = dict.fromkeys(topology.networks, 0)
-    wanted = [(nic.network, 1) for _, nic in _nics(topology)]
-    wanted += [(taps.network, taps.count) for taps in topology.taps.values()]
-    for name, count in wanted:
-        if name in ports:
-            ports[name] += count
+    for _path, nic in _nics(topology):
+        if nic.network in ports:
+            ports[nic.network] += 1
+    for taps in topology.taps.values():
+        if taps.network in ports:
+            ports[taps.network] += taps.count
     for name, count in ports.items():
         if count > MAX_PORTS:
             message = f"has {count} ports; a Linux bridge takes at most {MAX_PORTS}"

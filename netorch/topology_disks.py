@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from netorch.errors import Key, dotted, quoted
-from netorch.model import Disk, Guest, Layer, Topology
+from netorch.model import DISKLESS, Disk, Guest, Layer, Topology
 from netorch.topology_values import Wrong, disk_bytes
 
 Objection = tuple[Key, str, str, tuple[Key, ...]]
@@ -29,14 +29,14 @@ def storage(topology: Topology) -> Iterator[Objection]:
 
 
 def _image(path: Key, guest: Guest) -> Iterator[Objection]:
-    if guest.image != "tiny":
-        yield from _path((*path, "image"), guest.image, '"tiny", or the path of a disk image')
+    if guest.image not in DISKLESS:
+        yield from _path((*path, "image"), guest.image, '"tiny", "none", or a path')
         yield from _backing(path, guest)
         yield from _persistent(path, guest)
         return
     for key, default in (("backing", ()), ("bus", "virtio"), ("persistent", False)):
         if getattr(guest, key) != default:
-            message = "tiny has no disk of its own"
+            message = f"{guest.image} has no disk of its own"
             yield (*path, key), message, "for an image; others stand in disks", ((*path, "image"),)
 
 
@@ -130,7 +130,7 @@ def _names(path: Key, guest: Guest) -> Iterator[Objection]:
 
 
 def _room(path: Key, guest: Guest) -> Iterator[Objection]:
-    buses = [guest.bus] if guest.image != "tiny" else []
+    buses = [guest.bus] if guest.image not in DISKLESS else []
     buses += [disk.bus for disk in guest.disks]
     if guest.machine == "q35":  # has no IDE but SATA
         buses = ["sata" if bus == "ide" else bus for bus in buses]
@@ -159,7 +159,7 @@ def _uses(topology: Topology) -> Iterator[tuple[Key, str, bool]]:
     """Every file: where it stands, its path, and whether it is written to."""
     for name, guest in topology.guests.items():
         path: Key = ("guests", name)
-        if guest.image != "tiny":
+        if guest.image not in DISKLESS:
             yield (*path, "image"), guest.image, guest.persistent
             yield from _layers(path, guest.backing)
         for index, disk in enumerate(guest.disks):

@@ -50,15 +50,31 @@ def on_network(topology: Topology, network: str) -> list[str]:
 
 def expectations(topology: Topology) -> Iterator[Doubt]:
     """Everything that is wrong with the topology's expectations."""
-    known = nodes(topology)
+    known = dict.fromkeys(nodes(topology))
+    here = {*known, GATEWAY, *_addresses(topology)} if topology.expect else set()
     for index, expect in enumerate(topology.expect):
-        yield from _Check(topology, known, ("expect", index), expect).run()
+        yield from _Check(topology, known, here, ("expect", index), expect).run()
+
+
+def _addresses(topology: Topology) -> Iterator[str]:
+    """The addresses that the file gives to this machine, and to guests and hosts."""
+    written = [network.address for network in topology.networks.values()]
+    written += [nic.address for node in nodes(topology) for nic in nics_of(topology, node)]
+    return ((text or "").partition("/")[0] for text in written)
 
 
 class _Check:
-    def __init__(self, topology: Topology, known: list[str], path: Key, expect: Expect) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        known: dict[str, None],
+        here: set[str],
+        path: Key,
+        expect: Expect,
+    ) -> None:
         self.topology = topology
         self.known = known
+        self.here = here
         self.path = path
         self.expect = expect
         self.kind, _, self.detail = expect.by.partition(":")
@@ -102,7 +118,7 @@ class _Check:
         meant = nearest(word, known) if word else ""
         if word in self.topology.taps:
             return message, "what is behind a tap of [taps] is not known to netorch", ()
-        names = ", ".join(self.known[:8]) or "none"
+        names = ", ".join(list(self.known)[:8]) or "none"
         hint = f"did you mean {quoted(meant)}?" if meant else f"guests and hosts here: {names}"
         return message, hint, _NODES
 
@@ -130,6 +146,8 @@ class _Check:
         """May the NIC have a lease? A guest on a LAN of somebody else's may."""
         if isinstance(nic, HostNic):
             return nic.address in (None, "dhcp")
+        if nic.network is None:
+            return False
         network = self.topology.networks.get(nic.network, Network())
         return network.dhcp is not False or network.mode == "bridge"
 
@@ -145,6 +163,10 @@ class _Check:
         elif to in self.known:
             if not nics_of(self.topology, to):
                 yield self._doubt("to", f"{quoted(to)} has no NIC", "nobody can reach it")
+            elif not any(nic.network for nic in nics_of(self.topology, to)):
+                message = f"{quoted(to)} is on no network"
+                hint = "what an address of its wires or back-ends is, only the guest knows"
+                yield self._doubt("to", message, hint, *_NODES)
         elif to == GATEWAY:
             yield from self._gateway()
         elif re.fullmatch(r"[0-9./:]+", to):
@@ -173,6 +195,8 @@ class _Check:
                 )
 
     def _has_gateway(self, nic: Nic | HostNic) -> bool:
+        if nic.network is None:
+            return False
         network = self.topology.networks.get(nic.network, Network())
         own = isinstance(nic, HostNic) and isinstance(nic.gateway, str)
         return own or network.address is not None or network.mode != "bridge"
@@ -192,17 +216,10 @@ class _Check:
         if self.kind in ("dns", "dhcp"):
             message = f'by = "{self.kind}" does not look at the source address'
             yield self._doubt("seen_as", message, "ping, tcp:PORT or udp:PORT do", by)
-        elif expect.to is not None and not self._is_here(expect.to):
+        elif expect.to is not None and expect.to not in self.here:
             message = f"nobody at {quoted(expect.to)} can say what is seen there"
             hint = "it must be a guest, a host, or this machine (gateway) to be asked"
             yield self._doubt("seen_as", message, hint, (*self.path, "to"), *_NODES)
-
-    def _is_here(self, to: str) -> bool:
-        if to in self.known or to == GATEWAY:
-            return True
-        written = [network.address for network in self.topology.networks.values()]
-        written += [n.address for node in self.known for n in nics_of(self.topology, node)]
-        return to in {(text or "").partition("/")[0] for text in written}
 
     def _read(self, key: str, text: str, name: str) -> Iterator[Doubt]:
         try:

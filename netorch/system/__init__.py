@@ -6,11 +6,15 @@ it is handed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Resource
 from netorch.state import State
+
+if TYPE_CHECKING:
+    from netorch.system.look import Look
+    from netorch.system.scope import Scope
 
 
 class Adapter(Protocol):
@@ -26,7 +30,7 @@ class Adapter(Protocol):
     @property
     def kinds(self) -> tuple[type[Resource], ...]: ...
 
-    def observe(self) -> Iterable[Resource]:
+    def observe(self, look: "Look") -> Iterable[Resource]:
         """What the machine has with this lab's mark. Half-made objects are reported as they are."""
         ...
 
@@ -46,12 +50,17 @@ class Adapter(Protocol):
 class System:
     """All adapters as one; dispatches by the class of the resource."""
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, scope: "Scope", adapters: Sequence[Adapter]) -> None:
+        self._scope = scope
         self._adapters = tuple(adapters)
         self._by_kind = {kind: adapter for adapter in adapters for kind in adapter.kinds}
 
-    def observe(self) -> State:
-        return State(resource for adapter in self._adapters for resource in adapter.observe())
+    def observe(self, look: "Look | None" = None) -> State:
+        """What there is, seen in one `look`; by default in a new one."""
+        from netorch.system.look import Look
+
+        look = look or Look(self._scope)
+        return State(resource for adapter in self._adapters for resource in adapter.observe(look))
 
     def check(self, wanted: Iterable[Resource]) -> list[str]:
         """Every reason why these resources can't be created; empty if none is known."""

@@ -12,6 +12,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+from netorch.system.cache import cache_directory
 from netorch.system.namespaces import send_signal, wait_exit
 
 _SECONDS = 1.0
@@ -37,7 +38,7 @@ def accelerator() -> str:
     if os.uname().machine != "x86_64" or not os.access(_KVM, os.R_OK | os.W_OK):
         return "tcg"  # not remembered: tomorrow the person may be in the group kvm
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    memory = _cache() / "accel"
+    memory = cache_directory() / "accel"
     try:
         known_boot, _, known = memory.read_text().partition(" ")
     except FileNotFoundError:
@@ -51,12 +52,6 @@ def accelerator() -> str:
         new.write_text(f"{boot} {answer}")
         new.rename(memory)
     return answer
-
-
-def _cache() -> Path:
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return base / "netorch"
 
 
 def _guest_runs() -> bool:

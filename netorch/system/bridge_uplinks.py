@@ -44,6 +44,7 @@ from netorch.planner import Update
 from netorch.resources import BridgeUplink, Resource
 from netorch.system import layer3, messages
 from netorch.system.layer3 import Holding
+from netorch.system.look import Look
 from netorch.system.netlink import HEADER, Netlink, Outcomes
 from netorch.system.scope import Scope
 from netorch.system.snapshot import Link, Snapshot, UplinkMark, uplink_mark
@@ -76,9 +77,9 @@ class BridgeUplinks:
         self._records = Records(scope)
         self._warn = warn
 
-    def observe(self) -> Iterable[Resource]:
+    def observe(self, look: Look | None = None) -> Iterable[Resource]:
+        snapshot = (look or Look(self._scope)).snapshot
         with Netlink() as netlink:
-            snapshot = Snapshot(netlink)
             found = {u.network: u for u in self._observe(snapshot)}
             for record in self._records.all():
                 if record.network not in found and _lacks(netlink, snapshot, record):

@@ -34,7 +34,6 @@ from netorch.errors import NetorchError, ReadyError, UsageError
 from netorch.resources import Record
 from netorch.system.rundir import recorded, write
 from netorch.system.scope import Scope
-from netorch.system.starting import start
 
 Choice = Literal["auto", "current", "private"]
 
@@ -124,6 +123,8 @@ def begin(
     previous: Record | None,
 ) -> Watchdog:
     """Start the watchdog; when this returns it is on guard. Raises NetorchError."""
+    from netorch.system.starting import start  # few changes are to be confirmed
+
     control, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     log = scope.run / _LOG

@@ -8,6 +8,7 @@ from ipaddress import IPv4Network
 
 import msgspec
 
+from netorch.addresses import Ranges
 from netorch.resources import Bridge, Resource, Tap, Veth
 from netorch.system import taps
 from netorch.system.bridges import MAX_PORTS
@@ -89,11 +90,14 @@ def is_default(route: Route) -> bool:
 
 
 def _overlaps(wanted: Sequence[Resource], uses: Sequence[Use]) -> Iterator[str]:
+    taken = Ranges(use.network for use in uses)
     for bridge in wanted:
         if not isinstance(bridge, Bridge):
             continue
         for text in bridge.addresses:
             network = IPv4Network(text, strict=False)
+            if network not in taken:
+                continue
             for use in uses:
                 if use.owner == bridge.uplink and use.text.partition("/")[0] != _ip(text):
                     continue  # they are going to be on one LAN

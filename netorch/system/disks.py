@@ -59,7 +59,7 @@ class Disks:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[Resource]:
+    def observe(self, look: object = None) -> Iterable[Resource]:
         for path in sorted(self._scope.disks.glob("*/*.qcow2")):
             found, guest = header(path), path.parent.name
             if found.backing:

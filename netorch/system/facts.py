@@ -4,20 +4,19 @@ from collections.abc import Collection
 
 from netorch.facts import Facts, Interface, Uplink
 from netorch.system.conflicts import foreign_uses, is_default, is_own
-from netorch.system.netlink import Netlink
+from netorch.system.look import Look
 from netorch.system.scope import Scope
-from netorch.system.snapshot import Link, Route, Snapshot, routes, uplink_mark
+from netorch.system.snapshot import Link, Route, Snapshot, uplink_mark
 
 _MAIN_TABLE = 254
 
 
-def observe_facts(scope: Scope, named: Collection[str] = ()) -> Facts:
+def observe_facts(scope: Scope, named: Collection[str] = (), look: Look | None = None) -> Facts:
     """The address ranges in use, the uplinks, the addresses of the lab's own networks, and the
     interfaces that are `named` by the file.
     """
-    with Netlink() as netlink:
-        snapshot = Snapshot(netlink)
-        known = list(routes(netlink))
+    look = look or Look(scope)
+    snapshot, known = look.snapshot, look.routes
     taken = {use.network for use in foreign_uses(snapshot, known, scope)}
     return Facts(
         taken=tuple(str(network) for network in sorted(taken)),

@@ -8,11 +8,11 @@ someone (or netorch was killed before the seal, or libnftables prints differentl
 its digest is then "", and the next apply replaces it.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
+from netorch.digests import sha256
 from netorch.errors import NetorchError
 from netorch.planner import Update
 from netorch.resources import Forwarding, Resource, Ruleset
@@ -48,7 +48,7 @@ class Firewall:
     def _claims(self) -> Claims:
         return Claims(self._lab, self._nft)
 
-    def observe(self) -> Iterable[Resource]:
+    def observe(self, look: object = None) -> Iterable[Resource]:
         if not may_change_links():
             return  # who may not see tables has made none
         tables = self._nft.tables()
@@ -64,7 +64,7 @@ class Firewall:
                 reasons.append(f"there is no interface {resource.name} to leave by")
             if isinstance(resource, Ruleset):
                 try:
-                    self._nft.check(self._script(resource), f"load table inet {self._table}")
+                    self._nft.check(self._table, resource.text, f"load table inet {self._table}")
                 except NetorchError as error:
                     hint = f"; {error.hint}" if error.hint else ""
                     reasons.append(f"{error.message}{hint}")
@@ -145,4 +145,4 @@ def refusals() -> list[tuple[str, str, str]]:
 
 
 def _hash(listing: str) -> str:
-    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+    return sha256(listing)[:16]

@@ -21,11 +21,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from netorch.errors import NetorchError
-from netorch.nic_devices import SPEC, Plugged, device, device_id, netdev, netdev_id, spec
+from netorch.nic_devices import SPEC, Ends, Plugged, device, device_id, netdev, netdev_id, spec
 from netorch.resources import Guest, GuestNic, Resource
+from netorch.system.back_ends import open_ends
 from netorch.system.disk_changes import DiskChanges
 from netorch.system.guest_devices import look, reach
-from netorch.system.guest_taps import open_queues
 from netorch.system.hotplug import RESUME, FreePorts, ask_to_let_go, await_gone, resume
 from netorch.system.namespaces import wait_exit
 from netorch.system.processes import Marked
@@ -146,11 +146,13 @@ class Running:
         nic = plugged.nic
         self.qmp.ask("object-add", spec(plugged))
         with contextlib.ExitStack() as opened:
+            # Without vhost: a NIC that is added to a running guest has no time to lose.
+            ends = open_ends(self._scope, self.wanted.name, nic, "", opened)
             names: list[str] = []
-            for fd in open_queues(self._scope, nic, self.wanted.name, opened):
+            for fd in ends.fds:
                 names.append(_queue_name(nic.mac, len(names)))
-                self.qmp.ask("getfd", {"fdname": names[-1]}, [fd])
-        self.qmp.ask("netdev_add", netdev(nic, names))
+                self.qmp.ask("getfd", {"fdname": names[-1]}, [int(fd)])
+        self.qmp.ask("netdev_add", netdev(nic, Ends(names)))
         self.qmp.ask("device_add", device(nic, plugged.port))
         if nic.link == "down":
             self._set_link(nic, up=False)

@@ -23,6 +23,7 @@ from netorch import disk_devices
 from netorch.disk_devices import PluggedDisk
 from netorch.nic_devices import SPEC, Plugged, device_id, said
 from netorch.resources import Guest, GuestNic
+from netorch.system.back_ends import severed
 from netorch.system.guest_processes import directory_of
 from netorch.system.processes import Marked
 from netorch.system.qmp import Qmp, QmpError
@@ -121,7 +122,7 @@ class Look:
             if name.startswith(disk)
         ]
         made = [p.nic for p in plugged if device_id(p.nic.mac) in self._devices]
-        live = attached(made, queues_of(self._pid))
+        live = attached(made, queues_of(self._pid)) - severed(self._qmp, made)
         nics = [p if p.nic.mac in live else detached(p) for p in plugged]
         self.seen = Seen(
             state=self._state,
@@ -146,18 +147,19 @@ def detached(plugged: Plugged) -> Plugged:
 
 
 def attached(nics: Sequence[GuestNic], queues: Mapping[str, int]) -> set[str]:
-    """The MACs of those NICs whose taps have all their queues in `queues`.
+    """The MACs of those NICs whose taps have all their queues in `queues`, and of those without.
 
     The taps of qemu-bridge-helper have names that nobody chose: if one of them is missing, none of
     their NICs is attached for sure.
     """
     named = {nic.tap for nic in nics}
     helped = sum(count for name, count in queues.items() if name not in named)
-    wanted = sum(nic.queues for nic in nics if not nic.tap)
+    wanted = sum(nic.queues for nic in nics if nic.backend == "tap" and not nic.tap)
     return {
         nic.mac
         for nic in nics
-        if (queues.get(nic.tap, 0) >= nic.queues if nic.tap else helped >= wanted)
+        if nic.backend != "tap"
+        or (queues.get(nic.tap, 0) >= nic.queues if nic.tap else helped >= wanted)
     }
 
 

@@ -22,16 +22,23 @@ import msgspec
 
 from netorch.disk_devices import IMAGE
 from netorch.errors import ImageError, MissingError, NetorchError
-from netorch.guests import Descriptors, Kernel, argv, needs_network, vnc_socket
+from netorch.guests import Descriptors, argv, needs_network, vnc_socket
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import disk_checks
+from netorch.system import boots, disk_checks
 from netorch.system.accel import accelerator
+from netorch.system.back_ends import (
+    missing_passt,
+    open_ends,
+    parts,
+    wire_path,
+)
 from netorch.system.disks import open_disk
 from netorch.system.guest_changes import change, must_start_again, set_links
 from netorch.system.guest_devices import look_at_all
 from netorch.system.guest_processes import UNREACHABLE, directory_of, end_guests, running
-from netorch.system.guest_taps import open_queues
+from netorch.system.processes import end, leaders, marked
+from netorch.system.qemu_devices import lacking, qemu_devices
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.readiness import start_line
 from netorch.system.scope import Scope
@@ -44,7 +51,7 @@ _INSTALL_QEMU = "install qemu-system-x86 (Fedora, Arch: qemu-system-x86-core, qe
 
 # What guests that start side by side may have open: 1024 descriptors are the usual limit.
 _DESCRIPTORS = 800
-_EACH = 5  # three sockets, the connection and the process itself
+_EACH = 10  # three sockets, the connection, the process, and all that a guest may boot
 
 _SEVERAL = "running more than once"
 
@@ -64,7 +71,7 @@ class Guests:
         self._scope = scope
         self._progress = progress
 
-    def observe(self) -> Iterable[Guest]:
+    def observe(self, look: object = None) -> Iterable[Guest]:
         found = running(self._scope)
         seen = look_at_all(self._scope, [processes[0] for processes in found.values()])
         for processes in found.values():
@@ -85,10 +92,15 @@ class Guests:
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]
         reasons = []
-        if guests and program(QEMU) is None:
+        qemu = program(QEMU)
+        if guests and qemu is None:
             reasons.append(f"{QEMU} is not installed: {_INSTALL_QEMU}")
+        if guests and qemu is not None:
+            reasons += lacking(guests, qemu_devices(qemu))
+            reasons += missing_passt(guests)
         if any(guest.image == "tiny" for guest in guests):
             reasons += self._tiny_reasons()
+        reasons += [reason for guest in guests for reason in boots.reasons(guest)]
         return reasons + disk_checks.reasons(self._scope, guests)
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
@@ -110,22 +122,31 @@ class Guests:
                 live.append((one.new, found[one.new.key][0]))
         errors = change(self._scope, live, done)
         if again:
-            end_guests(self._scope, [p for guest in again for p in found.get(guest.key, ())])
+            self._end(again)
             self.create(again, done)
         if errors:
             raise errors[0]
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        found = running(self._scope)
-        end_guests(self._scope, [p for guest in unwanted for p in found.get(guest.key, ())])
+        self._end([guest for guest in unwanted if isinstance(guest, Guest)])
         for guest in unwanted:
             assert isinstance(guest, Guest)
+            for nic in guest.nics:
+                if nic.wire:
+                    wire_path(self._scope, nic).unlink(missing_ok=True)
             directory = directory_of(self._scope, guest.name)
             # First: from here on the keeper has nothing to write there.
             (directory / "process").unlink(missing_ok=True)
             if directory.exists():
                 shutil.rmtree(directory)
             done(guest)
+
+    def _end(self, guests: Sequence[Guest]) -> None:
+        """End what runs for these guests."""
+        found = leaders(marked(self._scope))
+        end_guests(self._scope, [p for guest in guests for p in found.get(guest.key, ())])
+        passts = [passt for guest in guests for passt in parts(guest)]
+        end(self._scope, [p for passt in passts for p in found.get(passt.key, ())])
 
     def _tiny_reasons(self) -> Iterator[str]:
         try:
@@ -180,33 +201,27 @@ class Guests:
             opened.enter_context(listen(directory / f"{name}.sock")).fileno()
             for name in ("qmp", "serial", "agent")
         )
-        taps = tuple(tuple(open_queues(self._scope, nic, guest.name, opened)) for nic in guest.nics)
+        accel = accelerator() if guest.accel == "auto" else guest.accel
+        nics = tuple(open_ends(self._scope, guest.name, nic, accel, opened) for nic in guest.nics)
         sets = itertools.count(1)
         files = tuple(
             open_disk(self._scope, guest.name, disk, sets, opened) for disk in guest.disks
         )
-        kernel = self._kernel(guest)
-        accel = accelerator() if guest.accel == "auto" else guest.accel
-        fds = Descriptors(qmp_fd, serial_fd, agent_fd, taps, files)
+        opening = boots.Opening(self._scope, guest, accel, opened, self._progress)
+        boot = opening.boot()
+        fds = Descriptors(qmp_fd, serial_fd, agent_fd, nics, files)
         console = f"{relative}/serial.log"
-        words = argv(guest, program=qemu, accel=accel, kernel=kernel, fds=fds, log=console)
+        words = argv(guest, program=qemu, accel=accel, boot=boot, fds=fds, log=console)
         start = Start(
             guest,
             words,
             log=directory / "qemu.log",
-            pass_fds=fds.numbers(),
+            pass_fds=[*fds.numbers(), *opening.fds],
             capabilities=(),
             apart=not needs_network(guest),
             kept=directory,
         )
         return guest, Qmp(directory / "qmp.sock", guest.name), start
-
-    def _kernel(self, guest: Guest) -> Kernel | None:
-        if guest.image != "tiny":
-            return None
-        tiny = tiny_image(self._progress)
-        kernel = tiny.vmlinuz if guest.video else tiny.kernel
-        return Kernel(kernel, tiny.initrd, tiny.cmdline)
 
 
 def _await_greeting(started: _Started) -> None:
@@ -227,7 +242,7 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
     batch: list[Guest] = []
     left = _DESCRIPTORS
     for guest in guests:
-        needed = _EACH + sum(nic.queues for nic in guest.nics)
+        needed = _EACH + sum(2 * nic.queues for nic in guest.nics)  # each may have vhost
         needed += sum(len(disk.layers) + 1 for disk in guest.disks)
         if batch and needed > left:
             yield batch

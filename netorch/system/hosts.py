@@ -43,7 +43,7 @@ class Hosts:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[Namespace]:
+    def observe(self, look: object = None) -> Iterable[Namespace]:
         prefix, suffix = f"netorch:{self._scope.lab}:", f":{self._scope.place}"
         try:
             names = os.listdir(self._scope.namespaces)

@@ -130,6 +130,8 @@ def _all_ends(desired: State, leases: Sequence[Lease], node: str) -> Iterator[En
     guest = desired.get(f"guest:{node}")
     if isinstance(guest, Guest):
         for nic in guest.nics:
+            if nic.backend != "tap":
+                continue  # leads out of what the lab's rules and bridges have a say in
             tap = desired.get(guest.tap_key(nic))
             assert isinstance(tap, Tap)
             dhcp = tap.network in guest.networks

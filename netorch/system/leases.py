@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -24,11 +24,12 @@ from netorch.errors import ReadyError
 from netorch.planner import Plan, Update
 from netorch.resources import DhcpClient, Guest, Tap, Veth
 from netorch.state import State
-from netorch.system.late import guest_reason, host_reason, log_end
 from netorch.system.processes import leaders, marked
 from netorch.system.scope import Scope
 from netorch.system.services import nic_key
-from netorch.system.watch import Watch
+
+if TYPE_CHECKING:
+    from netorch.system.watch import Watch
 
 # dnsmasq 2.90, src/rfc2131.c, log_packet(): TYPE(interface) [address] mac ...
 _PACKET = re.compile(r"(DHCP[A-Z]+)\([^)]*\) (?:[\d.]+ )?([0-9a-f]{2}(?::[0-9a-f]{2}){5})")
@@ -111,6 +112,8 @@ def wait_ready(
     if not wanted:
         return []
     started = {key for key in started if key in desired or key.startswith(nic_key(""))}
+    from netorch.system.watch import Watch
+
     with Watch() as watch:
         return _Wait(scope, wanted, started, progress).until(time.monotonic() + seconds, watch)
 
@@ -122,8 +125,9 @@ def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
                 continue
             tap = desired.get(guest.tap_key(nic))
             if isinstance(tap, Tap) and tap.network in guest.networks:
-                # Many an image asks on its first NIC only; tiny is known to ask on all.
-                one = guest.image != "tiny"
+                # Many an image asks on its first NIC only; tiny is known to ask on all, and
+                # cloud-init is told to.
+                one = guest.image != "tiny" and not guest.boot.seed
                 links = (tap.name, tap.bridge)
                 yield _Wanted(guest.name, guest.key, tap.network, nic.mac, links, one)
     for client in desired.of(DhcpClient):
@@ -197,7 +201,7 @@ class _Wait:
         self._asking: set[_Wanted] = set()
         self._found: dict[_Wanted, Lease] = {}
 
-    def until(self, deadline: float, watch: Watch) -> list[Lease]:
+    def until(self, deadline: float, watch: "Watch") -> list[Lease]:
         settled = {one.settled.parent for one in self._late if one.settled}
         for directory in (self._scope.run, *settled):
             if directory.is_dir():
@@ -221,7 +225,7 @@ class _Wait:
                 self._look()
         return list(self._found.values())
 
-    def _watch_late(self, watch: Watch) -> None:
+    def _watch_late(self, watch: "Watch") -> None:
         running = leaders(marked(self._scope))
         needed = {one.key for one in self._late} | {f"dnsmasq:{n}" for n in self._logs}
         if gone := {key for key in needed if key not in running}:
@@ -230,7 +234,7 @@ class _Wait:
             for process in running[key]:
                 watch.process(process, key)
 
-    def _watch_again(self, ended: set[str], watch: Watch) -> set[str]:
+    def _watch_again(self, ended: set[str], watch: "Watch") -> set[str]:
         """Those that have ended for good. A daemon becomes one by forks: who was seen may have been
         the parent of the process that stays.
         """
@@ -264,6 +268,8 @@ class _Wait:
                     self._progress(f"{one.node} has {lease.address}")
 
     def _ended(self, keys: Iterable[str]) -> ReadyError:
+        from netorch.system.late import log_end
+
         lines = []
         for key in sorted(keys):
             kind, name, device = (*key.split(":"), "")[:3]
@@ -281,6 +287,8 @@ class _Wait:
         return ReadyError("\n".join(lines), "the lab's other parts are up: see `netorch status`")
 
     def _too_late(self) -> ReadyError:
+        from netorch.system.late import guest_reason, host_reason
+
         lines = []
         for one in self._late:
             step = self._logs[one.network].steps.get(one.mac, "")

@@ -14,6 +14,7 @@ from netorch.planner import Update
 from netorch.resources import Bridge, Resource, Tap, Veth
 from netorch.system import bridges, removal, taps, veths
 from netorch.system.changes import bridge_index
+from netorch.system.look import Look
 from netorch.system.netlink import Netlink
 from netorch.system.refusals import refusal
 from netorch.system.scope import Scope
@@ -33,9 +34,8 @@ class Links:
     def kinds(self) -> tuple[type[Resource], ...]:
         return (Bridge, Tap, Veth)
 
-    def observe(self) -> list[Resource]:
-        with Netlink() as netlink:
-            snapshot = Snapshot(netlink)
+    def observe(self, look: Look | None = None) -> list[Resource]:
+        snapshot = (look or Look(self._scope)).snapshot
         return list(self._observe(snapshot, self._own(snapshot)))
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:

@@ -4,7 +4,7 @@ from netorch.system.netlink import Netlink
 from netorch.system.nft import Nft
 from netorch.system.places import has_net_admin, marked_processes
 from netorch.system.scope import CLAIMS_PREFIX, TABLE_PREFIX, current_place
-from netorch.system.snapshot import links
+from netorch.system.snapshot import labs
 
 
 def marked_labs() -> list[str]:
@@ -13,12 +13,8 @@ def marked_labs() -> list[str]:
 
     Tables are only looked for by those who may see them.
     """
-    found: dict[str, None] = {}
     with Netlink() as netlink:
-        for link in links(netlink):
-            mark, _, rest = link.alias.partition(":")
-            if mark == "netorch":
-                found[rest.partition(":")[0]] = None
+        found = labs(netlink)
     here = str(current_place())
     for _pid, marks in marked_processes():
         if marks["NETORCH_PLACE"] == here and "NETORCH_PRIVATE" not in marks:

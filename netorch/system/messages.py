@@ -1,17 +1,17 @@
-"""rtnetlink messages, encoded with pyroute2's message classes.
+"""rtnetlink messages: those about links and addresses put together here, routes by pyroute2.
 
-Of pyroute2 only the message classes are needed, and importing them the usual way runs the
-package's `__init__`, which imports every protocol that it speaks and asyncio (a further 80 ms,
-REFERENCE 6). So they are imported below a bare package of the same name, which leaves sys.modules
-afterwards together with them: whoever imports pyroute2 later gets a whole one of his own.
+pyroute2's message classes know every attribute there is. But importing them takes 12 ms, even below
+a bare package of the same name instead of the real one, whose `__init__` imports every protocol
+that it speaks and asyncio (a further 80 ms); that is as long as a small lab takes to be made.
+So the attributes that links are made of stand in a table here, with the numbers and types that
+pyroute2 has for them (tests/pure/test_netlink.py compares the bytes), and pyroute2 encodes what
+few labs have. Its modules leave sys.modules afterwards: whoever imports pyroute2 later gets a
+whole one of his own.
 
-Encoding one link takes pyroute2 about 100 µs, as much as the kernel takes to act on it. What a
-thousand taps have in common is therefore encoded once, as a template; the three attributes in
-which they differ (name, alias, MAC) are put behind it.
+What a thousand taps have in common is encoded once, as a template; the three attributes in which
+they differ (name, alias, MAC) are put behind it.
 """
 
-import importlib
-import importlib.util
 import socket
 import struct
 import sys
@@ -32,7 +32,27 @@ _IFF_UP = 0x1
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 1, 3, 4, 20, 28
 _IFLA_LINKINFO, _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 18, 1, 2, 1
 _IFLA_PROP_LIST, _IFLA_ALT_IFNAME, _NESTED = 52, 53, 0x8000
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST = 1, 2, 4
 _STATIC = 4  # RTPROT_STATIC, what an administrator's routes have
+
+# Number and type of what stands in `link`'s attributes; those without a type hold others.
+_LINK_ATTRIBUTES: dict[str, tuple[int, str]] = {
+    "IFLA_ADDRESS": (_IFLA_ADDRESS, "mac"),
+    "IFLA_MTU": (_IFLA_MTU, "=I"),
+    "IFLA_MASTER": (10, "=I"),
+    "IFLA_GROUP": (27, "=I"),
+    "IFLA_LINKINFO": (_IFLA_LINKINFO, ""),
+    "IFLA_INFO_KIND": (_IFLA_INFO_KIND, "text"),
+    "IFLA_INFO_DATA": (_IFLA_INFO_DATA, ""),
+    "IFLA_BR_FORWARD_DELAY": (1, "=I"),
+    "IFLA_BR_STP_STATE": (5, "=I"),
+    "IFLA_AF_SPEC": (26, ""),
+    "AF_INET": (socket.AF_INET, ""),
+    "IFLA_INET_CONF": (1, ""),
+    "FORWARDING": (1, "=I"),
+    "AF_INET6": (socket.AF_INET6, ""),
+    "IFLA_INET6_ADDR_GEN_MODE": (8, "=B"),
+}
 
 # An attribute as pyroute2 names it; a tuple of attributes as the value makes it a nested one.
 Attribute = tuple[str, Any]
@@ -61,7 +81,7 @@ def link(
     if alias:
         message += _attribute(_IFLA_IFALIAS, alias.encode() + b"\0")
     if mac:
-        message += _attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+        message += _attribute(_IFLA_ADDRESS, _mac(mac))
     struct.pack_into("=I", message, 0, len(message))
     return message
 
@@ -82,7 +102,7 @@ def veth(
     """
     peer_end = struct.pack("=BxHiII", 0, 0, peer, 0, 0)
     peer_end += _attribute(_IFLA_IFNAME, device.encode() + b"\0")
-    peer_end += _attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+    peer_end += _attribute(_IFLA_ADDRESS, _mac(mac))
     peer_end += _attribute(_IFLA_NET_NS_FD, struct.pack("=I", namespace))
     for mtu in (value for key, value in attributes if key == "IFLA_MTU"):
         peer_end += _attribute(_IFLA_MTU, struct.pack("=I", mtu))
@@ -104,24 +124,25 @@ def alternative_name(kind: int, index: int, name: str) -> bytearray:
 
 
 def delete_link(index: int) -> bytearray:
-    return _encode("link", DELLINK, 0, {"index": index}, [])
+    return _link(DELLINK, 0, index, 0, 0, b"")
 
 
 def delete_group(group: int) -> bytearray:
     """RTM_DELLINK for every link of a group at once."""
-    return _encode("link", DELLINK, 0, {}, [("IFLA_GROUP", group)])
+    return _link(DELLINK, 0, 0, 0, 0, _packed((("IFLA_GROUP", group),)))
 
 
 def address(kind: int, index: int, text: str) -> bytearray:
     """RTM_NEWADDR or RTM_DELADDR for `a.b.c.d/len` on the link `index`."""
     local, _, length = text.partition("/")
-    attrs = [("IFA_LOCAL", local), ("IFA_ADDRESS", local)]
+    packed = socket.inet_aton(local)
+    attributes = _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
     if kind == NEWADDR and int(length) < 31:
-        number = int.from_bytes(socket.inet_aton(local), "big") | (0xFFFFFFFF >> int(length))
-        attrs.append(("IFA_BROADCAST", socket.inet_ntoa(number.to_bytes(4, "big"))))
-    fields = {"family": socket.AF_INET, "prefixlen": int(length), "index": index}
+        number = int.from_bytes(packed, "big") | (0xFFFFFFFF >> int(length))
+        attributes += _attribute(_IFA_BROADCAST, number.to_bytes(4, "big"))
+    body = struct.pack("=BBBBi", socket.AF_INET, int(length), 0, 0, index) + attributes
     flags = CREATE | EXCLUSIVE if kind == NEWADDR else 0
-    return _encode("address", kind, flags, fields, attrs)
+    return bytearray(HEADER.pack(HEADER.size + len(body), kind, flags, 0, 0) + body)
 
 
 def default_route(kind: int, index: int, gateway: str) -> bytearray:
@@ -129,33 +150,25 @@ def default_route(kind: int, index: int, gateway: str) -> bytearray:
 
     Appended, not replaced: a host with two networks may have a default route by each.
     """
-    fields = {
-        "family": socket.AF_INET,
-        "table": 254,  # RT_TABLE_MAIN
-        "proto": _STATIC,
-        "type": 1,  # RTN_UNICAST
-    }
-    attrs = [("RTA_GATEWAY", gateway), ("RTA_OIF", index)]
-    return _encode("route", kind, CREATE | APPEND if kind == NEWROUTE else 0, fields, attrs)
+    message = _route_message()()
+    message["header"]["type"] = kind
+    message["header"]["flags"] = CREATE | APPEND if kind == NEWROUTE else 0
+    message["family"] = socket.AF_INET
+    message["table"] = 254  # RT_TABLE_MAIN
+    message["proto"] = _STATIC
+    message["type"] = 1  # RTN_UNICAST
+    message["attrs"] = [("RTA_GATEWAY", gateway), ("RTA_OIF", index)]
+    message.encode()
+    return bytearray(message.data)
 
 
 def warm() -> None:
-    """Import and build all that the first message would: for processes that others are forked
-    from.
-    """
-    info = ("IFLA_LINKINFO", (("IFLA_INFO_KIND", "bridge"),))
-    link(1, attributes=(info, ("IFLA_GROUP", 1), ("IFLA_MASTER", 1), up(True)))
-    veth(
-        index=1,
-        name="v",
-        peer=2,
-        device="v",
-        mac="52:54:00:00:00:00",
-        namespace=0,
-        attributes=(("IFLA_MTU", 1500), ("IFLA_GROUP", 1)),
-    )
-    address(NEWADDR, 1, "192.0.2.1/24")
+    """Import all that a message may need: for processes that others are forked from."""
     default_route(NEWROUTE, 1, "192.0.2.1")
+
+
+def _mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
@@ -163,66 +176,45 @@ def _attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("=HH", length, kind) + value + bytes(-length % 4)
 
 
+def _link(kind: int, flags: int, index: int, up: int, change: int, attributes: bytes) -> bytearray:
+    body = struct.pack("=BxHiII", 0, 0, index, up, change) + attributes
+    return bytearray(HEADER.pack(HEADER.size + len(body), kind, flags, 0, 0) + body)
+
+
+def _packed(attributes: Attributes) -> bytes:
+    packed = b""
+    for name, value in attributes:
+        number, form = _LINK_ATTRIBUTES[name]
+        if isinstance(value, tuple):
+            inner = _packed(value)
+        elif form == "text":
+            inner = value.encode() + b"\0"
+        elif form == "mac":
+            inner = _mac(value)
+        else:
+            inner = struct.pack(form, value)
+        packed += _attribute(number, inner)
+    return packed
+
+
 @lru_cache(maxsize=256)
 def _template(flags: int, attributes: Attributes) -> bytearray:
-    fields = {}
+    up = change = 0
     for _, on in [pair for pair in attributes if pair[0] == "up"]:
-        fields = {"flags": _IFF_UP if on else 0, "change": _IFF_UP}
+        up, change = _IFF_UP if on else 0, _IFF_UP
     rest = tuple(pair for pair in attributes if pair[0] != "up")
-    return _encode("link", NEWLINK, flags, fields, _nested(rest)["attrs"])
-
-
-def _nested(attributes: Attributes) -> dict[str, list[Attribute]]:
-    return {
-        "attrs": [
-            (name, _nested(value) if isinstance(value, tuple) else value)
-            for name, value in attributes
-        ]
-    }
-
-
-def _encode(
-    what: str, kind: int, flags: int, fields: dict[str, int], attrs: list[Attribute]
-) -> bytearray:
-    message = _classes()[what]()
-    message["header"]["type"] = kind
-    message["header"]["flags"] = flags
-    for name, value in fields.items():
-        message[name] = value
-    message["attrs"] = attrs
-    message.encode()
-    return bytearray(message.data)
+    return _link(NEWLINK, flags, 0, up, change, _packed(rest))
 
 
 @cache
-def _classes() -> dict[str, Any]:
-    modules = _import_messages()
-    nla = modules["pyroute2.netlink"].nla
-    ifinfmsg = modules["pyroute2.netlink.rtnl.ifinfmsg"].ifinfmsg
+def _route_message() -> Any:
+    """pyroute2's class of RTM_NEWROUTE and its like."""
 
-    class Link(ifinfmsg):  # type: ignore[misc, valid-type]
-        class af_spec_inet(ifinfmsg.af_spec_inet):  # type: ignore[misc, name-defined]
-            # pyroute2's `inet` is flat, the form in which the kernel reports it; it takes it nested
-            # (net/ipv4/devinet.c, inet_set_link_af), each number an attribute of its own.
-            class inet(nla):  # type: ignore[misc, valid-type]
-                prefix = "IFLA_"
-                nla_map = (("IFLA_INET_UNSPEC", "none"), ("IFLA_INET_CONF", "conf"))
+    import importlib.util  # few labs have routes
 
-                class conf(nla):  # type: ignore[misc, valid-type]
-                    nla_map = (("UNSPEC", "none"), ("FORWARDING", "uint32"))
-
-    return {
-        "link": Link,
-        "address": modules["pyroute2.netlink.rtnl.ifaddrmsg"].ifaddrmsg,
-        "route": modules["pyroute2.netlink.rtnl.rtmsg"].rtmsg,
-    }
-
-
-def _import_messages() -> dict[str, ModuleType]:
-    names = ["pyroute2.netlink"]
-    names += [f"pyroute2.netlink.rtnl.{name}" for name in ("ifinfmsg", "ifaddrmsg", "rtmsg")]
+    name = "pyroute2.netlink.rtnl.rtmsg"
     if "pyroute2" in sys.modules:
-        return {name: importlib.import_module(name) for name in names}
+        return importlib.import_module(name).rtmsg
     spec = importlib.util.find_spec("pyroute2")
     if spec is None:
         raise ModuleNotFoundError("No module named 'pyroute2'", name="pyroute2")
@@ -230,7 +222,7 @@ def _import_messages() -> dict[str, ModuleType]:
     bare.__path__ = list(spec.submodule_search_locations or ())
     sys.modules["pyroute2"] = bare
     try:
-        return {name: importlib.import_module(name) for name in names}
+        return importlib.import_module(name).rtmsg
     finally:
         for name in [n for n in sys.modules if n == "pyroute2" or n.startswith("pyroute2.")]:
             del sys.modules[name]

@@ -177,15 +177,15 @@ def marked_processes() -> Iterator[tuple[int, dict[str, str]]]:
         try:
             if entry.stat().st_uid != uid:
                 continue
-            with open(f"/proc/{entry.name}/environ", "rb") as file:
+            with open(f"/proc/{entry.name}/environ", "rb", buffering=0) as file:
                 block = file.read()
         except OSError:
             continue  # ended meanwhile, or not dumpable and so not ours to read
         if b"NETORCH_LAB=" not in block or b"NETORCH_PLACE=" not in block:
             continue
-        variables = (text.partition("=") for text in os.fsdecode(block).split("\0"))
-        marks = {name: value for name, _, value in variables if name.startswith("NETORCH_")}
-        yield int(entry.name), marks
+        ours = (text for text in block.split(b"\0") if text.startswith(b"NETORCH_"))
+        variables = (os.fsdecode(text).partition("=") for text in ours)
+        yield int(entry.name), {name: value for name, _, value in variables}
 
 
 def _open_init(place: Place) -> int | None:

@@ -12,7 +12,6 @@ A pid alone is no identity. `end` opens a pidfd first, looks at the marks and th
 that, and signals through the pidfd: a pid that was given to somebody else in between is never hit.
 """
 
-import logging
 import os
 import select
 import signal
@@ -29,8 +28,6 @@ from netorch.system.scope import Scope
 # How many processes are ended at once: each takes a descriptor, and 1024 is the usual limit.
 _AT_ONCE = 256
 _KILL_SECONDS = 10.0
-
-_log = logging.getLogger(__name__)
 
 
 class Marked(NamedTuple):
@@ -118,7 +115,9 @@ def _decoded(text: bytes) -> AnyResource | None:
     try:
         return decode(text)
     except msgspec.DecodeError as error:
-        _log.warning("a process of another version of netorch: %s", error)
+        import logging
+
+        logging.getLogger(__name__).warning("a process of another version of netorch: %s", error)
         return None
 
 

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -72,6 +71,8 @@ def remove(scope: Scope) -> None:
     """Remove all that the lab has in the file system, and the directories above it that are empty
     then.
     """
+    import shutil  # the archives that it knows take a while to import
+
     for directory in (scope.disks, scope.run):
         if directory.is_dir():
             shutil.rmtree(directory)
@@ -144,7 +145,7 @@ class Records:
     def __init__(self, scope: Scope) -> None:
         self._run = scope.run
 
-    def observe(self) -> Iterable[Resource]:
+    def observe(self, look: object = None) -> Iterable[Resource]:
         record = recorded(self._run)
         return [record] if record else []
 

@@ -8,8 +8,8 @@ Marks, one for each place where the kernel lets us leave one:
     hosts       the file that the namespace is mounted on, `netorch:<lab>:<host>:<place>`
 """
 
+import binascii
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from netorch.resources import Resource, encode
 
 TABLE_PREFIX = "netorch_"
 PLACE_FILE = "place"  # in the run directory: the place's inode, and whether it is private
+SEEDS = "seeds"  # in the run directory, where guests have cloud-init seeds
 CLAIMS_PREFIX = "netorchundo_"  # of the table that remembers what foreign interfaces were like
 
 
@@ -38,7 +39,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def group(self) -> int:
         """The link group of the lab's ports (taps and veths); the bridges' is one higher."""
-        return 0x4E000000 | (zlib.crc32(self.lab.encode()) & 0x7FFFFF) << 1
+        return 0x4E000000 | (binascii.crc32(self.lab.encode()) & 0x7FFFFF) << 1
 
     @property
     def table(self) -> str:

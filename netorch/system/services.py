@@ -24,6 +24,7 @@ from netorch.errors import KernelError, MissingError, NetorchError
 from netorch.planner import Update
 from netorch.resources import DhcpClient, Dnsmasq, Resource
 from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW, missing
+from netorch.system.look import Look
 from netorch.system.namespaces import send_signal
 from netorch.system.processes import end, leaders, marked
 from netorch.system.scope import Scope
@@ -50,8 +51,8 @@ class Dnsmasqs:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[Dnsmasq]:
-        for processes in leaders(marked(self._scope)).values():
+    def observe(self, look: Look | None = None) -> Iterable[Dnsmasq]:
+        for processes in (look or Look(self._scope)).processes.values():
             running = processes[0].resource
             if not isinstance(running, Dnsmasq):
                 continue
@@ -62,12 +63,16 @@ class Dnsmasqs:
             # its leases: no wanted configuration is empty, so all are replaced by one.
             whole = len(processes) == 1 and self._path(running, "conf").exists()
             config = running.config if whole else ""
-            yield Dnsmasq(network=running.network, config=config, hosts=hosts, names=names)
+            yield msgspec.structs.replace(running, config=config, hosts=hosts, names=names)
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         if wanted and program("dnsmasq") is None:
             return [f"dnsmasq is not installed: {_INSTALL_DNSMASQ}"]
-        return _not_given("dnsmasq", missing(NET_BIND_SERVICE, port=_DNS)) if wanted else []
+        directories = [one.tftp for one in wanted if isinstance(one, Dnsmasq) and one.tftp]
+        refused = [f"failed to serve {d} by TFTP: {why}" for d in directories if (why := _why(d))]
+        return refused + (
+            _not_given("dnsmasq", missing(NET_BIND_SERVICE, port=_DNS)) if wanted else []
+        )
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         dnsmasq = program("dnsmasq")
@@ -149,8 +154,8 @@ class DhcpClients:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def observe(self) -> Iterable[DhcpClient]:
-        for processes in leaders(marked(self._scope)).values():
+    def observe(self, look: Look | None = None) -> Iterable[DhcpClient]:
+        for processes in (look or Look(self._scope)).processes.values():
             running = processes[0].resource
             if isinstance(running, DhcpClient):
                 logged = self._log(running).exists()
@@ -217,6 +222,15 @@ def note_start(scope: Scope, keys: Iterable[str]) -> None:
         # One write at the end of the file: dnsmasq's own lines, which it appends too, stay whole.
         with path.open("ab", buffering=0) as log:
             log.write(text)
+
+
+def _why(directory: str) -> str:
+    """Why it can't be served, "" if it can."""
+    try:
+        os.scandir(directory).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _not_given(program: str, capabilities: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ _UP, _RUNNING = 0x1, 0x40  # IFF_
 _PERMANENT = 0x80
 _LOCAL_TABLE = 255
 _UPLINK_MARK = "netorch-uplink:"
+_MARK = b"netorch:"  # what aliases begin with, see netorch.system.scope
 
 
 class Link(msgspec.Struct, kw_only=True):
@@ -125,8 +126,28 @@ def uplink_mark(link: Link) -> UplinkMark | None:
 
 
 def links(netlink: Netlink) -> Iterator[Link]:
-    for body in netlink.dump(_GETLINK, _LINK.pack(0, 0, 0, 0, 0) + _SKIP_STATISTICS):
+    for body in _link_bodies(netlink):
         yield parse_link(body)
+
+
+def labs(netlink: Netlink) -> dict[str, None]:
+    """The labs that links are marked with. Only the first link of each lab is parsed."""
+    found: dict[str, None] = {}
+    known: list[bytes] = []
+    for body in _link_bodies(netlink):
+        raw = bytes(body)
+        if _MARK not in raw or any(mark in raw for mark in known):
+            continue
+        alias = parse_link(body).alias
+        if alias.startswith("netorch:"):
+            lab = alias.split(":")[1]
+            found[lab] = None
+            known.append(f"netorch:{lab}:".encode())
+    return found
+
+
+def _link_bodies(netlink: Netlink) -> list[memoryview]:
+    return netlink.dump(_GETLINK, _LINK.pack(0, 0, 0, 0, 0) + _SKIP_STATISTICS)
 
 
 def addresses(netlink: Netlink) -> Iterator[Address]:

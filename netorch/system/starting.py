@@ -18,7 +18,6 @@ process in between that has something to keep stays and becomes a keeper itself.
 """
 
 import errno
-import logging
 import os
 import signal
 import struct
@@ -43,8 +42,6 @@ _KEEPER = Path(__file__).with_name("keeper.py")
 _MESSAGE = struct.Struct("iii")
 _PID, _ERRNO = 0, 1
 _IN_BETWEEN = -1
-
-_log = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
@@ -185,10 +182,11 @@ def _start(scope: Scope, starts: Sequence[Start], daemon: bool) -> list[Child | 
 
 
 def _open(scope: Scope, one: Start, opened: list[int]) -> _Opened:
-    if _log.isEnabledFor(logging.INFO):
+    if "logging" in sys.modules:  # else nobody listens
+        import logging
         import shlex
 
-        _log.info("start: %s", shlex.join(one.argv))
+        logging.getLogger(__name__).info("start: %s", shlex.join(one.argv))
     output = os.open(one.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     opened.append(output)
     network = None

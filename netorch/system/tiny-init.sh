@@ -121,6 +121,11 @@ as_init() {
                 ;;
         esac
     done
+    # A microvm has no PCI: its virtio devices are memory-mapped, and the ACPI names their places.
+    for device in /sys/bus/platform/devices/LNRO0005:*; do
+        [ ! -e "$device" ] || nics="virtio_mmio virtio_net"
+        break
+    done
     [ -z "$nics" ] || modprobe -a -q -b $nics 2> /dev/null
     start_dhcp
     exec init

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netorch.errors import ImageError
+from netorch.system.cache import cache_directory
 
 _FORMAT = 3  # to be raised when the builder changes what it puts into an image
 _INIT = Path(__file__).with_name("tiny-init.sh")
@@ -74,20 +75,13 @@ def tiny_image(progress: Callable[[str], None]) -> TinyImage:
     ``progress`` gets a line for every step that takes long; it is not called on a cache hit.
     Raises ImageError, with what to install or run, where the image can't be built.
     """
-    cache = _cache_directory()
+    cache = cache_directory()
     try:
         init = _INIT.read_bytes()
         pointer = cache / f"tiny-current-{_FORMAT}-{os.uname().machine}-{zlib.crc32(init):08x}"
         return _read(pointer) or _build(pointer, init, progress)
     except (OSError, ValueError) as error:
         raise ImageError(f"failed to build the image tiny in {cache}: {error}") from error
-
-
-def _cache_directory() -> Path:
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification: a relative path is invalid and to be ignored.
-    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return base / "netorch"
 
 
 def _read(pointer: Path) -> TinyImage | None:

@@ -45,7 +45,7 @@ def desired(*addresses: str, mtu: int = 1500) -> State:
 
 
 def system(scope: Scope) -> System:
-    return System([rundir.Records(scope), Links(scope), BridgeUplinks(scope)])
+    return System(scope, [rundir.Records(scope), Links(scope), BridgeUplinks(scope)])
 
 
 def apply(scope: Scope, wanted: State, progress: Progress | None = None) -> None:

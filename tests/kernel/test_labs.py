@@ -40,7 +40,7 @@ def test_the_commands_and_their_exit_statuses(lab_machine: Make, place: PlaceCho
     assert machine.netorch("check", file).status == 0
     plan = machine.netorch("plan", "--json", *place_option, file)
     assert plan.status == 3
-    assert set(plan.json) == {"lab", "place", "actions"}
+    assert set(plan.json) == {"lab", "place", "actions", "restarts"}
     assert {"action", "key", "description", "new"} == set(plan.json["actions"][0])
     assert machine.leftovers() == []
 

@@ -32,7 +32,8 @@ IN_SCOPE = {
         "dhcp-range=fc00:db8:ac10:fe01::1,ra-only",
         "dhcp-range=fc00:db8:ac10:fd01::1,ra-only",
     },
-    "netboot-network": {"enable-tftp", "tftp-root=/var/lib/tftproot", "dhcp-boot=pxeboot.img"},
+    "netboot-network": set(),
+    "netboot-tftp": set(),
 }
 
 # What ours has besides: libvirt gives the like on the command line (user, pid file, lease file
@@ -58,6 +59,7 @@ def segment_of(case: str) -> Segment:
     assert bridge is not None
     assert address is not None
     gateway = ip_interface(f"{address.get('address')}/{address.get('netmask')}")
+    bootp = address.find("dhcp/bootp")
     served, lease = address.find("dhcp/range"), address.find("dhcp/range/lease")
     return Segment(
         network=network.findtext("name", ""),
@@ -69,6 +71,7 @@ def segment_of(case: str) -> Segment:
         dhcp_first="" if served is None else served.get("start", ""),
         dhcp_last="" if served is None else served.get("end", ""),
         lease="1h" if lease is None else {"0": "infinite", "200": "200s"}[lease.get("expiry", "")],
+        boot="" if bootp is None else bootp.get("file", ""),
         dns=dns is None or dns.get("enable") != "no",
         domain="" if domain is None else domain.get("name", ""),
         reservations=tuple(
@@ -102,7 +105,8 @@ def test_the_configuration_says_what_libvirts_says(case: str) -> None:
         f"{line},1h" if line.startswith("dhcp-range=") and line.count(",") == 2 else line
         for line in (renamed.get(line, line) for line in theirs)
     }
-    mine = options(render(segment))
+    tftp = ET.parse(CASES / f"{case}.xml").find("ip/tftp")
+    mine = options(render(segment, tftp="" if tftp is None else tftp.get("root", "")))
     assert len(mine) == len(set(mine))
     extra = {f"rev-server={segment.subnet}"}
     if segment.domain:

@@ -46,3 +46,40 @@ def test_a_command_that_touches_no_machine_imports_nothing_for_it(argv: list[str
     loaded = json.loads(done.stdout.splitlines()[-1])
     for name in HEAVY[:6]:
         assert name not in loaded
+
+
+def test_a_lab_without_guests_imports_nothing_about_them() -> None:
+    script = """
+import json, sys
+from netorch import cli, labs, report
+from netorch.system import adapters, conflicts, facts, look, processes, services, starting, taps
+print(json.dumps(sorted(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = json.loads(done.stdout)
+    ours = ("guests", "qmp", "tiny", "late", "leases", "readiness", "disks", "bridge_uplinks")
+    for name in (*(f"netorch.system.{module}" for module in ours), "netorch.expectations"):
+        assert name not in loaded
+    for name in ("pyroute2", "nftables", "logging", "_hashlib", "shutil", "subprocess"):
+        assert name not in loaded
+
+
+def test_short_commands_are_not_collected() -> None:
+    script = """
+import gc, sys
+collections = lambda: sum(generation["collections"] for generation in gc.get_stats())
+sys.argv = ["netorch", "--version"]
+from netorch.__main__ import main
+before = collections()
+try:
+    main()
+except SystemExit:
+    pass
+print(collections() - before, gc.isenabled(), gc.get_freeze_count() > 10_000)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 True True"

@@ -16,7 +16,7 @@ LAYERS = (
     {"cli_access"},
     {"pytest_plugin"},
     {"needs"},
-    {"api"},
+    {"api", "api_nodes"},
     {"capture", "commands"},
     {"starter"},
     {"agent", "agents"},
@@ -31,6 +31,7 @@ LAYERS = (
     {"system"},
     {"planner"},
     {"compiler", "junit"},
+    {"guest_nics"},
     {"expectations"},
     {
         "addresses",
@@ -42,16 +43,18 @@ LAYERS = (
         "guest_disks",
         "topology",
         "schema",
+        "boot_devices",
+        "cloud_init",
         "keys",
         "png",
     },
     {"topology_checks", "topology_clashes", "topology_disks", "topology_expect"}
-    | {"topology_shape", "topology_order"}
+    | {"topology_shape", "topology_order", "topology_boot", "topology_files", "topology_nics"}
     | {"topology_values", "toml_lines"},
     {"state"},
-    {"resources", "guest_resources", "resource", "facts", "names"},
+    {"resources", "guest_resources", "boot_resources", "resource", "facts", "names"},
     {"model"},
-    {"errors", "__init__"},
+    {"errors", "digests", "__init__"},
 )
 PURE = frozenset().union(*LAYERS[LAYERS.index({"planner"}) :]) - {"__init__"}
 MACHINE = {
@@ -66,8 +69,8 @@ MACHINE = {
     "subprocess",
     "time",
 }
-# topology reads the file that it is given, and makes paths absolute.
-ALLOWED = {("topology", "os")}
+# topology_files makes paths absolute.
+ALLOWED = {("topology_files", "os")}
 
 
 def modules() -> list[Path]:

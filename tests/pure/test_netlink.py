@@ -1,6 +1,8 @@
-"""Our templates and parsers against pyroute2's own encoding and decoding."""
+"""Our encoder and parsers against pyroute2's own encoding and decoding."""
 
+import socket
 import struct
+import subprocess
 import sys
 
 import pytest
@@ -37,6 +39,87 @@ def test_a_link_message_says_what_was_asked() -> None:
     assert (said["IFLA_MTU"], said["IFLA_GROUP"], said["index"], said["flags"]) == (1400, 5, 7, 1)
 
 
+def encoded(attributes: messages.Attributes) -> dict[str, object]:
+    """Nested attributes as pyroute2 takes them."""
+    return {
+        "attrs": [
+            (name, encoded(value) if isinstance(value, tuple) else value)
+            for name, value in attributes
+        ]
+    }
+
+
+INFO = (
+    ("IFLA_INFO_KIND", "bridge"),
+    ("IFLA_INFO_DATA", (("IFLA_BR_FORWARD_DELAY", 200), ("IFLA_BR_STP_STATE", 1))),
+)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        (("IFLA_MTU", 1400),),
+        (("IFLA_GROUP", 0x4E000001), ("IFLA_MASTER", 1 << 30)),
+        (("IFLA_ADDRESS", "52:54:00:00:00:01"), ("IFLA_MTU", 9000)),
+        (("IFLA_LINKINFO", INFO),),
+        (NO_IPV6,),
+    ],
+    ids=lambda attributes: attributes[0][0],
+)
+def test_links_are_encoded_as_pyroute2_encodes_them(attributes: messages.Attributes) -> None:
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
+    theirs = ifinfmsg()
+    theirs["header"]["type"] = messages.NEWLINK
+    theirs["header"]["flags"] = messages.CREATE
+    theirs["index"] = 7
+    theirs["flags"] = theirs["change"] = 1
+    theirs["attrs"] = encoded(attributes)["attrs"]
+    theirs.encode()
+    ours = messages.link(7, flags=messages.CREATE, attributes=(*attributes, messages.up(True)))
+    assert bytes(ours) == bytes(theirs.data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "broadcast"),
+    [
+        (messages.NEWADDR, "10.1.2.3/20", "10.1.15.255"),
+        (messages.NEWADDR, "10.1.2.3/31", ""),
+        (messages.DELADDR, "10.1.2.3/20", ""),
+    ],
+)
+def test_addresses_are_encoded_as_pyroute2_encodes_them(
+    kind: int, text: str, broadcast: str
+) -> None:
+    from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+
+    local, _, length = text.partition("/")
+    theirs = ifaddrmsg()
+    theirs["header"]["type"] = kind
+    if kind == messages.NEWADDR:
+        theirs["header"]["flags"] = messages.CREATE | messages.EXCLUSIVE
+    theirs["family"], theirs["prefixlen"], theirs["index"] = socket.AF_INET, int(length), 7
+    theirs["attrs"] = [("IFA_LOCAL", local), ("IFA_ADDRESS", local)]
+    if broadcast:
+        theirs["attrs"].append(("IFA_BROADCAST", broadcast))
+    theirs.encode()
+    assert bytes(messages.address(kind, 7, text)) == bytes(theirs.data)
+
+
+def test_deletions_are_encoded_as_pyroute2_encodes_them() -> None:
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
+    for index, attrs, ours in (
+        (7, [], messages.delete_link(7)),
+        (0, [("IFLA_GROUP", 5)], messages.delete_group(5)),
+    ):
+        theirs = ifinfmsg()
+        theirs["header"]["type"] = messages.DELLINK
+        theirs["index"], theirs["attrs"] = index, attrs
+        theirs.encode()
+        assert bytes(ours) == bytes(theirs.data)
+
+
 def test_forwarding_is_nested_as_the_kernel_takes_it() -> None:
     conf = ("IFLA_INET_CONF", (("FORWARDING", 1),))
     message = messages.link(7, attributes=(("IFLA_AF_SPEC", (("AF_INET", (conf,)),)),))
@@ -51,12 +134,20 @@ def test_a_template_is_not_changed_by_its_use() -> None:
 
 
 def test_pyroute2_is_imported_whole_by_who_wants_it() -> None:
-    messages.link(1, name="a")
-    import pyroute2
-    import pyroute2.netlink.rtnl
-
-    assert pyroute2.IPRoute
-    assert pyroute2.netlink.rtnl.RTM_NEWLINK == messages.NEWLINK
+    script = """
+import sys
+from netorch.system import messages
+messages.link(1, attributes=(("IFLA_MTU", 1400),))
+messages.address(messages.NEWADDR, 1, "192.0.2.1/24")
+assert not any(name.startswith("pyroute2") for name in sys.modules)
+messages.default_route(messages.NEWROUTE, 1, "192.0.2.1")
+assert not any(name.startswith("pyroute2") for name in sys.modules)
+import pyroute2
+import pyroute2.netlink.rtnl
+assert pyroute2.IPRoute
+assert pyroute2.netlink.rtnl.RTM_NEWLINK == messages.NEWLINK
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_the_parser_reads_what_the_encoder_writes() -> None:
@@ -135,8 +226,6 @@ def test_an_extended_answer_goes_into_the_reason() -> None:
 
 
 def test_observing_needs_no_pyroute2() -> None:
-    import subprocess
-
     code = "import sys, netorch.system.links, netorch.system.facts; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for name in ("pyroute2", "asyncio", "ctypes", "subprocess"):

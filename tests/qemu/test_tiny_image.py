@@ -23,6 +23,7 @@ class Builder:
     def build(self, _init: bytes, result: Path, _scratch: Path, progress: Progress) -> str:
         self.calls += 1
         (result / "kernel").write_bytes(b"kernel")
+        (result / "vmlinuz").write_bytes(b"vmlinuz")
         if self.failure:
             raise self.failure
         (result / "initrd").write_bytes(b"initrd")

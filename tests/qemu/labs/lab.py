@@ -66,7 +66,9 @@ class Machine:
         if error is None:
             assert left == [], "netorch has left something here"
 
-    def netorch(self, *arguments: str, input: str = "", status: int | None = 0) -> Completed:
+    def netorch(
+        self, *arguments: str, input: str = "", status: int | None = 0, seconds: float = SECONDS
+    ) -> Completed:
         """Run the command line; fails unless it exits with `status` (None: with any)."""
         done = subprocess.run(
             self._argv(arguments),
@@ -74,7 +76,7 @@ class Machine:
             input=input,
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=seconds,
             check=False,
         )
         said = f"netorch {' '.join(arguments)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -93,11 +95,11 @@ class Machine:
         assert isinstance(child, subprocess.Popen)
         return child
 
-    def up(self, name: str, text: str, *options: str) -> "Lab":
+    def up(self, name: str, text: str, *options: str, seconds: float = SECONDS) -> "Lab":
         """Apply a topology under the name `name-PID`; it is torn down at the end of the test."""
         file = self.file(name, text)
         lab = self.running(file)
-        lab.said = self.netorch("apply", *options, str(file)).stderr
+        lab.said = self.netorch("apply", *options, str(file), seconds=seconds).stderr
         return lab
 
     def running(self, file: Path) -> "Lab":

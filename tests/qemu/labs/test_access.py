@@ -95,7 +95,7 @@ def _time_limit(lab: Lab) -> None:
     late = lab.machine.netorch(*command, status=124)
     assert late.stdout == "so far\n"
     assert "error: sh in guest vm1 was ended after 1 s" in late.stderr
-    assert lab.sh("vm1", "pidof sleep", status=1) == ""
+    assert lab.sh("vm1", "ps | grep '[s]leep 1000'", status=1) == ""
 
 
 def _screen(lab: Lab) -> None:
