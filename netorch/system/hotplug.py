@@ -66,6 +66,8 @@ class FreePorts:
             return ""
         if not self._ports:
             raise NetorchError(
-                f"failed to add {what} to guest {self._guest}: all its ports are taken"
+                f"failed to add {what} to guest {self._guest}: all its ports are taken",
+                "a USB controller keeps its port when its disks have gone: "
+                f"`netorch restart {self._guest}` frees it",
             )
         return self._ports.pop(0)
