@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from netorch import __version__, cli_access, guest_cli
+from netorch import __version__, cli_access, guest_cli, save_cli
 from netorch.cli_options import FILE, JSON, LAB, PLACE, quiet_signals
 from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
 
@@ -285,7 +285,7 @@ def schema() -> None:
     report.json_out(of_file())
 
 
-for command in (*guest_cli.COMMANDS, *cli_access.COMMANDS):
+for command in (*guest_cli.COMMANDS, *save_cli.COMMANDS, *cli_access.COMMANDS):
     cli.add_command(command)
 
 

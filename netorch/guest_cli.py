@@ -22,12 +22,15 @@ TIMEOUT = click.option(
 @click.command()
 @GUESTS
 @LAB_OPTION
-def start(guests: tuple[str, ...], lab: str | None) -> None:
-    """Start guests, with all that they need, and wait until they are ready."""
+@click.option("--discard", is_flag=True, help="Boot saved guests afresh: what was saved is lost.")
+def start(guests: tuple[str, ...], lab: str | None, discard: bool) -> None:
+    """Start guests, with all that they need, and wait until they are ready. One that was saved
+    goes on where it was.
+    """
     from netorch import lifecycle, report
 
     progress = report.Printer(sys.stderr, quiet_signals)
-    if not lifecycle.start(lifecycle.find(lab, guests), guests, progress):
+    if not lifecycle.start(lifecycle.find(lab, guests), guests, progress, discard):
         click.echo(f"nothing to do: {', '.join(guests)} runs")
 
 

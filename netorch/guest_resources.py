@@ -11,7 +11,7 @@ from netorch.resource import Resource, short
 
 # The states of a QEMU that somebody may be at work in (qapi/run-state.json). In any other one the
 # guest has ended or crashed, was never let run, or can't be asked.
-_IN_USE = frozenset({"running", "paused", "suspended", "io-error", "debug"})
+_IN_USE = frozenset({"running", "paused", "suspended", "io-error", "debug", "postmigrate"})
 
 
 class Overlay(Resource, frozen=True):

@@ -60,10 +60,18 @@ class Descriptors(msgspec.Struct, frozen=True):
 
 
 def argv(
-    guest: Guest, *, program: str, accel: str, boot: Boot, fds: Descriptors, log: str
+    guest: Guest,
+    *,
+    program: str,
+    accel: str,
+    boot: Boot,
+    fds: Descriptors,
+    log: str,
+    incoming: bool = False,
 ) -> list[str]:
     """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's.
-    Without a kernel the guest boots from a disk, or from the network.
+    Without a kernel the guest boots from a disk, or from the network; `incoming`, it does not boot,
+    and its state will come by QMP (migrate-incoming).
     """
     return [
         *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
@@ -95,6 +103,7 @@ def argv(
             {"driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0"},
         ),
         *screen(guest),
+        *(("-incoming", "defer") if incoming else ()),
     ]
 
 

@@ -67,6 +67,7 @@ class Standing(msgspec.Struct, frozen=True):
     observed: State
     pending: Pending | None = None  # a confirmation
     endings: Mapping[str, "Ending"] = {}  # of guests that are missing
+    saved: Mapping[str, int] = {}  # guests that are missing, and when they were saved
 
     def rows(self) -> list[tuple[str, str, Resource]]:
         """(ok | missing | changed | stray, key, resource), in the order of the desired state."""
@@ -213,9 +214,11 @@ def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     desired = _desired(lab, topology_of(record), record.source, look)
     if not (lab.run / "guests").exists():
         return Standing(lab, desired, observed, waiting)
+    from netorch.system import saved
     from netorch.system.endings import endings
 
-    return Standing(lab, desired, observed, waiting, endings(lab.scope))
+    kept = saved.states(lab.scope)
+    return Standing(lab, desired, observed, waiting, endings(lab.scope), kept)
 
 
 def intended(lab: Lab) -> tuple[Topology, State]:
@@ -278,6 +281,10 @@ def _apply_here(
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
+        if lab.scope.disks.exists():
+            from netorch.system import saved
+
+            saved.keep_only(lab.scope, topology.guests)
         for guest in desired.of(Guest) if plan else ():
             for line in idle_queues(guest):
                 progress.warn(line)

@@ -12,8 +12,9 @@ from netorch.engine import Progress
 from netorch.errors import UsageError
 from netorch.labs import Lab, find_all, intended, machine, topology_of
 from netorch.planner import Plan
+from netorch.resources import Guest
 from netorch.state import State
-from netorch.system import power, rundir
+from netorch.system import power, rundir, saved, saving
 from netorch.system.places import enter
 from netorch.system.readiness import Readiness
 from netorch.system.scope import current_place
@@ -44,41 +45,64 @@ def find(lab: str | None, guests: Sequence[str]) -> Lab:
     return having[0]
 
 
-def start(lab: Lab, guests: Sequence[str], progress: Progress) -> Plan:
-    """Start guests with all that they need, and wait until they are ready.
+def start(lab: Lab, guests: Sequence[str], progress: Progress, discard: bool = False) -> Plan:
+    """Start guests with all that they need, and wait until they are ready. Those that were saved go
+    on from there; `discard` forgets that.
 
     Raises as `netorch.labs.apply` does.
     """
-    with _inside(lab):
-        return _start(lab, guests, progress)
+    with inside(lab):
+        if discard:
+            for name in guests:
+                saved.drop(lab.scope, name)
+        return start_inside(lab, guests, progress)
 
 
 def stop(lab: Lab, guests: Sequence[str], seconds: float, progress: Progress) -> None:
     """Switch guests off: by the power button, and by force after `seconds`."""
-    with _inside(lab):
+    with inside(lab):
         power.stop(lab.scope, guests, seconds, progress.waiting)
 
 
 def restart(lab: Lab, guests: Sequence[str], seconds: float, progress: Progress) -> Plan:
     """Stop, then start. Not a guest's own reboot: QEMU is a new process."""
-    with _inside(lab):
+    with inside(lab):
         power.stop(lab.scope, guests, seconds, progress.waiting)
-        return _start(lab, guests, progress)
+        return start_inside(lab, guests, progress)
+
+
+def save(lab: Lab, guests: Sequence[str], progress: Progress) -> None:
+    """Save guests, one after the other: their running state goes to files, and their QEMU ends.
+
+    Raises UsageError before the first one, NetorchError for one that can not be saved: it runs on.
+    """
+    with inside(lab):
+        observed = machine(lab.scope, only={Guest}).observe()
+        for guest in [running_guest(observed, name) for name in guests]:
+            saving.save(lab.scope, guest, progress.waiting)
+
+
+def running_guest(observed: State, name: str) -> Guest:
+    """Raises UsageError for a guest that doesn't run."""
+    guest = observed.get(f"guest:{name}")
+    if not isinstance(guest, Guest):
+        raise UsageError(f"guest {name} does not run", f"netorch start {name}")
+    return guest
 
 
 def pause(lab: Lab, guests: Sequence[str]) -> None:
     """Let guests stand still; an apply resumes them, too. Raises UsageError, QmpError."""
-    with _inside(lab):
+    with inside(lab):
         power.tell(lab.scope, guests, "stop")
 
 
 def resume(lab: Lab, guests: Sequence[str]) -> None:
-    with _inside(lab):
+    with inside(lab):
         power.tell(lab.scope, guests, "cont")
 
 
 @contextlib.contextmanager
-def _inside(lab: Lab) -> Iterator[None]:
+def inside(lab: Lab) -> Iterator[None]:
     """Hold the lab's lock, in its place."""
     with rundir.locked(lab.run):
         if lab.place.private and current_place() != lab.place.inode:
@@ -86,7 +110,7 @@ def _inside(lab: Lab) -> Iterator[None]:
         yield
 
 
-def _start(lab: Lab, guests: Sequence[str], progress: Progress) -> Plan:
+def start_inside(lab: Lab, guests: Sequence[str], progress: Progress) -> Plan:
     topology, desired = intended(lab)
     system = machine(lab.scope, progress.waiting, progress.warn)
     observed = system.observe()

@@ -18,6 +18,7 @@ from netorch.system.places import Place
 if TYPE_CHECKING:
     from netorch.expectations import Verdict
     from netorch.system.confirmation import Pending
+    from netorch.system.disk_snapshots import Snapshot
     from netorch.system.endings import Ending
     from netorch.system.hops import Hop
     from netorch.system.leases import Lease
@@ -166,6 +167,8 @@ def status_json(standing: Standing) -> dict[str, Any]:
             row["observed"] = msgspec.to_builtins(observed)
         if state == "missing" and (ending := _ending(standing, resource)):
             row["ended"] = msgspec.to_builtins(ending)
+        if state == "missing" and (at := _saved(standing, resource)):
+            row["saved"] = at
         rows.append(row)
     return {
         **lab_json(standing.lab),
@@ -225,6 +228,19 @@ def leases_table(held: "Iterable[Lease]") -> None:
         for lease in held
     ]
     table(("NETWORK", "NAME", "ADDRESS", "MAC", "EXPIRES"), rows)
+
+
+def snapshots_text(guest: str, there: "Sequence[Snapshot]") -> None:
+    if there:
+        from netorch.system.saved import when
+
+        table(("SNAPSHOT", "MADE"), [(one.name, when(one.at)) for one in there])
+    else:
+        click.echo(f"guest {guest} has no snapshot")
+
+
+def snapshots_json(there: "Sequence[Snapshot]") -> list[dict[str, Any]]:
+    return [msgspec.to_builtins(one) for one in there]
 
 
 def hops_text(hops: "Sequence[Hop]") -> None:
@@ -307,6 +323,10 @@ def _detail(standing: Standing, state: str, resource: Resource) -> str:
         return (
             f"{resource.describe()}; it is not as applied: {', '.join(resource.changes(observed))}"
         )
+    if state == "missing" and (at := _saved(standing, resource)):
+        from netorch.system.saved import when
+
+        return f"{resource.describe()}: saved on {when(at)}"
     if state == "missing" and (ending := _ending(standing, resource)):
         return f"{resource.describe()}: {ending.describe()}"
     return resource.describe()
@@ -314,6 +334,10 @@ def _detail(standing: Standing, state: str, resource: Resource) -> str:
 
 def _ending(standing: Standing, resource: Resource) -> "Ending | None":
     return standing.endings.get(resource.name) if isinstance(resource, Guest) else None
+
+
+def _saved(standing: Standing, resource: Resource) -> int | None:
+    return standing.saved.get(resource.name) if isinstance(resource, Guest) else None
 
 
 def _where(place: Place) -> str:

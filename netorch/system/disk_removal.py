@@ -28,7 +28,7 @@ def unplug(scope: Scope, process: Marked, names: Collection[str]) -> None:
         seen = look(qmp, process)
         gone = [plugged for plugged in seen.disks if plugged.disk.name in names]
         if gone:
-            resume(qmp, seen.state)
+            resume(scope, qmp, guest, seen.state)
         leaving = leave(qmp, gone, seen.devices)
         finish(qmp, gone, leaving, guest)
 

@@ -17,6 +17,7 @@ from netorch.disk_devices import Source, device_id, writes
 from netorch.errors import ImageError, MissingError
 from netorch.planner import Update
 from netorch.resources import GuestDisk, Overlay, Resource, Volume
+from netorch.system import saved
 from netorch.system.disk_removal import block_nodes, unplug
 from netorch.system.guest_devices import reach
 from netorch.system.guest_processes import directory_of, running
@@ -103,6 +104,7 @@ class Disks:
         self._unplug(unwanted)
         for resource in unwanted:
             path = self._path(resource)
+            saved.drop(self._scope, path.parent.name)  # it is nothing without this disk
             path.unlink(missing_ok=True)
             _unfinished(path).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # others of the guest's are there, or it is gone

@@ -71,7 +71,7 @@ class Running:
         """Let it run, if it doesn't: one that stands still lets go of nothing."""
         if self._seen.state == "prelaunch":
             set_links(self.qmp, self.wanted)
-        resume(self.qmp, self._seen.state)
+        resume(self._scope, self.qmp, self.wanted.name, self._seen.state)
 
     def ask_to_let_go(self) -> None:
         present = [name for name in self._gone if name in self._seen.devices]

@@ -4,8 +4,10 @@ Order, and what a crash leaves:
 1. For each guest: listening sockets in run/guests/<name>, its taps' queues, then QEMU with these
    descriptors and without any capability. The QMP connection is made before QEMU runs: the socket
    listens already.
-2. All greetings are awaited, then each guest is let run (`cont`). A QEMU of an apply that was
-   killed before that is observed with the state "prelaunch", and the next apply lets it run.
+2. All greetings are awaited; a guest that was saved reads its state, and that is awaited, too.
+3. Each guest is let run (`cont`), and has no saved state from then on. A QEMU of an apply that was
+   killed before that is observed with the state "prelaunch" or "paused", and the next apply lets it
+   run.
 
 QEMU's run state is asked by QMP, from all guests at once; one that does not answer has the state
 "unreachable" and is started again when the lab is applied. Ending: SIGTERM makes QEMU write back
@@ -14,6 +16,7 @@ its disk caches and quit, as its `quit` does, and needs no socket.
 
 import contextlib
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -25,7 +28,7 @@ from netorch.errors import ImageError, MissingError, NetorchError
 from netorch.guests import Descriptors, argv, needs_network, vnc_socket
 from netorch.planner import Update
 from netorch.resources import Guest, Resource
-from netorch.system import boots, disk_checks
+from netorch.system import boots, disk_checks, incoming, saved
 from netorch.system.accel import accelerator
 from netorch.system.back_ends import (
     missing_passt,
@@ -33,6 +36,7 @@ from netorch.system.back_ends import (
     parts,
     wire_path,
 )
+from netorch.system.disk_snapshots import writable_disks
 from netorch.system.disks import open_disk
 from netorch.system.guest_changes import change, must_start_again, set_links
 from netorch.system.guest_devices import look_at_all
@@ -60,6 +64,7 @@ class _Started(NamedTuple):
     guest: Guest
     child: Child
     qmp: Qmp
+    saved: bool  # it goes on from its saved state
 
 
 class Guests:
@@ -101,6 +106,8 @@ class Guests:
         if any(guest.image == "tiny" for guest in guests):
             reasons += self._tiny_reasons()
         reasons += [reason for guest in guests for reason in boots.reasons(guest)]
+        for guest in guests:
+            reasons += self._saved_reasons(guest)
         return reasons + disk_checks.reasons(self._scope, guests)
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
@@ -148,6 +155,17 @@ class Guests:
         passts = [passt for guest in guests for passt in parts(guest)]
         end(self._scope, [p for passt in passts for p in found.get(passt.key, ())])
 
+    def _saved_reasons(self, guest: Guest) -> Iterator[str]:
+        if reason := saved.refusal(self._scope, guest):
+            yield reason
+        elif saved.path(self._scope, guest.name).exists():
+            for disk in writable_disks(self._scope, guest):
+                if not disk.path.exists():
+                    yield (
+                        f"guest {guest.name} was saved with a disk that is gone, {disk.path}: "
+                        f"`netorch start --discard {guest.name}` boots it afresh"
+                    )
+
     def _tiny_reasons(self) -> Iterator[str]:
         try:
             tiny_image(self._progress)
@@ -160,42 +178,64 @@ class Guests:
         qemu = program(QEMU)
         if qemu is None:
             raise MissingError(f"{QEMU} is not installed", _INSTALL_QEMU)
-        note_start(self._scope, [guest.key for guest in guests])
+        states = saved.states(self._scope)
+        note_start(self._scope, [guest.key for guest in guests if guest.name not in states])
         started = []
         with contextlib.ExitStack() as opened:
             prepared = []
             for guest in guests:
                 with _collected(errors):
-                    prepared.append(self._prepare(qemu, guest, opened))
+                    prepared.append(self._prepare(qemu, guest, guest.name in states, opened))
             children = start_all(self._scope, [start for _guest, _qmp, start in prepared])
             for (guest, qmp, _start), child in zip(prepared, children, strict=True):
                 if isinstance(child, Child):
-                    started.append(_Started(guest, child, qmp))
+                    started.append(_Started(guest, child, qmp, guest.name in states))
                 else:
                     qmp.close()
                     errors.append(child)
-        greeted = []
+        loaded = []
         for process in started:
-            with _collected(errors):
-                _await_greeting(process)
-                greeted.append(process)
-        for process in greeted:
-            with _collected(errors), process.qmp:
+            with _collected(errors), _explained(process):
+                process.qmp.ready()
+                if process.saved:
+                    self._begin_loading(process)
+                loaded.append(process)
+        for process in [process for process in loaded if process.saved]:
+            loaded.remove(process)
+            with _collected(errors), _explained(process):
+                incoming.finish(process.qmp)
+                loaded.append(process)
+        for process in loaded:
+            with _collected(errors), process.qmp, contextlib.closing(process.child):
+                if process.saved and errors:
+                    continue  # all will be undone, and its state is good for another start
                 set_links(process.qmp, process.guest)
+                saved.drop(self._scope, process.guest.name)
                 process.qmp.ask("cont")
                 if process.guest.vnc == "socket":  # QEMU made it, by the person's umask
                     (self._scope.run / vnc_socket(process.guest.name)).chmod(0o600)
-                process.child.close()
+                if process.saved:
+                    incoming.settle(self._scope, process.guest.name, process.qmp)
+                    at = saved.when(states[process.guest.name])
+                    self._progress(f"{process.guest.name} goes on from {at}, when it was saved")
                 done(process.guest)
 
+    def _begin_loading(self, process: _Started) -> None:
+        state = saved.open_stream(self._scope, process.guest.name)
+        try:
+            incoming.begin(process.qmp, state)
+        finally:
+            os.close(state)
+
     def _prepare(
-        self, qemu: str, guest: Guest, opened: contextlib.ExitStack
+        self, qemu: str, guest: Guest, is_saved: bool, opened: contextlib.ExitStack
     ) -> tuple[Guest, Qmp, Start]:
         """Open what QEMU is to inherit, and connect to the socket that it will answer at."""
         directory = directory_of(self._scope, guest.name)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (directory / "serial.log").open("a") as log:
-            log.write(start_line(guest.name))
+        if not is_saved:
+            with (directory / "serial.log").open("a") as log:
+                log.write(start_line(guest.name))
         relative = directory.relative_to(self._scope.run)
         qmp_fd, serial_fd, agent_fd = (
             opened.enter_context(listen(directory / f"{name}.sock")).fileno()
@@ -211,7 +251,15 @@ class Guests:
         boot = opening.boot()
         fds = Descriptors(qmp_fd, serial_fd, agent_fd, nics, files)
         console = f"{relative}/serial.log"
-        words = argv(guest, program=qemu, accel=accel, boot=boot, fds=fds, log=console)
+        words = argv(
+            guest,
+            program=qemu,
+            accel=accel,
+            boot=boot,
+            fds=fds,
+            log=console,
+            incoming=is_saved,
+        )
         start = Start(
             guest,
             words,
@@ -224,9 +272,11 @@ class Guests:
         return guest, Qmp(directory / "qmp.sock", guest.name), start
 
 
-def _await_greeting(started: _Started) -> None:
+@contextlib.contextmanager
+def _explained(started: _Started) -> Iterator[None]:
+    """Where QEMU ends in the block, it said why."""
     try:
-        started.qmp.ready()
+        yield
     except QmpError as error:
         started.qmp.close()
         ended = started.child.has_ended(timeout=1.0)
@@ -234,8 +284,14 @@ def _await_greeting(started: _Started) -> None:
         started.child.close()
         if not ended:
             raise
+        name = started.guest.name
         cause = output or "QEMU ended and said nothing"
-        raise NetorchError(f"failed to create guest {started.guest.name}: {cause}") from error
+        if started.saved:
+            raise NetorchError(
+                f"failed to start guest {name} from its saved state: {cause}",
+                f"`netorch start --discard {name}` forgets that and boots it afresh",
+            ) from error
+        raise NetorchError(f"failed to create guest {name}: {cause}") from error
 
 
 def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:

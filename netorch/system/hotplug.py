@@ -8,17 +8,27 @@ guest that stands still lets go of nothing, so it is let run first.
 from collections.abc import Iterable, Iterator
 
 from netorch.errors import NetorchError
+from netorch.system import saved
 from netorch.system.qmp import Qmp, QmpError
+from netorch.system.scope import Scope
 
 _UNPLUG_SECONDS = 15.0  # a Linux lets go within a second; under TCG on a busy machine, three
 # How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
-RESUME = {"prelaunch": "cont", "paused": "cont", "io-error": "cont", "suspended": "system_wakeup"}
+RESUME = {
+    "prelaunch": "cont",
+    "paused": "cont",
+    "io-error": "cont",
+    "postmigrate": "cont",  # it was about to be saved
+    "suspended": "system_wakeup",
+}
 _PERIPHERAL = "/machine/peripheral/"
 
 
-def resume(qmp: Qmp, state: str) -> None:
+def resume(scope: Scope, qmp: Qmp, guest: str, state: str) -> None:
     """Let a guest run that is in this state, if it doesn't."""
     if state in RESUME:
+        qmp.ask("migrate_cancel")  # where a `save` was killed, QEMU may be writing on
+        saved.drop(scope, guest)
         qmp.ask(RESUME[state])
 
 

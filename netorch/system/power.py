@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from netorch.errors import UsageError
+from netorch.system import saved
 from netorch.system.guest_processes import directory_of, end_guests, running
 from netorch.system.qmp import Qmp, QmpError
 from netorch.system.scope import Scope
@@ -44,14 +45,21 @@ def stop(
 def tell(scope: Scope, guests: Iterable[str], command: str) -> None:
     """Send one QMP command to each. Raises UsageError for a guest that doesn't run, QmpError."""
     for name in guests:
-        with _session(scope, name) as qmp:
+        with session(scope, name) as qmp:
+            if command == "cont":
+                saved.drop(scope, name)
             qmp.ask(command)
 
 
 def _press(scope: Scope, name: str, progress: Callable[[str], None]) -> None:
     try:
-        with _session(scope, name) as qmp:
-            if qmp.ask("query-status")["status"] != "running":
+        with session(scope, name) as qmp:
+            state = qmp.ask("query-status")["status"]
+            if state == "postmigrate" and saved.path(scope, name).exists():
+                qmp.ask("quit")  # a `save` was killed when all but this was done
+                return
+            if state != "running":
+                saved.drop(scope, name)
                 qmp.ask("cont")  # one that stands still can't hear it
             qmp.ask("system_powerdown")
     except QmpError as error:
@@ -59,7 +67,8 @@ def _press(scope: Scope, name: str, progress: Callable[[str], None]) -> None:
 
 
 @contextlib.contextmanager
-def _session(scope: Scope, name: str) -> Iterator[Qmp]:
+def session(scope: Scope, name: str) -> Iterator[Qmp]:
+    """A QMP session with a guest. Raises UsageError if it doesn't run, QmpError."""
     path = directory_of(scope, name) / "qmp.sock"
     if not path.exists():
         raise UsageError(f"guest {name} does not run", f"netorch start {name}")

@@ -2,8 +2,8 @@
 
 A client of our own and not qemu.qmp: that is built on asyncio, and importing it takes 35 ms on top
 of json and socket (10 ms), in every command that looks at a guest, where QEMU itself takes 17 ms
-from exec to greeting. What netorch asks for is a handful of commands, in order, one event, and that
-is the length of `_Lines`.
+from exec to greeting. What netorch asks for is a handful of commands, in order, and some events,
+and that is the length of `_Lines`.
 
 QMP (docs/interop/qmp-spec.txt): a greeting, then `qmp_capabilities`, then commands; events may
 stand between, and those that come before an answer are kept for `event`. Descriptors go along with
@@ -20,7 +20,7 @@ import base64
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -214,6 +214,17 @@ class Qmp(_Lines):
             self._events.append(message)
         self._socket.settimeout(SECONDS)
         return True
+
+    def wait_event(self, satisfied: Callable[[Any], bool]) -> Any:
+        """Wait for an event that satisfies, for as long as QEMU lives; the event."""
+        self._socket.settimeout(None)
+        while True:
+            for event in self._events:
+                if satisfied(event):
+                    self._events.remove(event)
+                    self._socket.settimeout(SECONDS)
+                    return event
+            self._events.append(json.loads(self.line()))
 
 
 class Agent(_Lines):

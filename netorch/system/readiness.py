@@ -6,6 +6,8 @@
     console:REGEX   its serial console has shown this since it was started
     none            nothing is waited for
 
+One that goes on from a saved state is asked nothing that only a boot answers: leases and consoles.
+
 A guest that comes `after` others is started when these are ready; at the end of an apply, all are
 waited for. Leases, agents and consoles tell by themselves. Nothing tells when a guest begins to
 listen on a port, so that is tried again, four times a second.
@@ -22,7 +24,7 @@ from netorch.errors import ReadyError
 from netorch.planner import Action, Create, Plan
 from netorch.resources import DhcpClient, Guest
 from netorch.state import State
-from netorch.system import leases
+from netorch.system import leases, saved
 from netorch.system.late import log_end
 from netorch.system.qmp import Agent, agent_path
 from netorch.system.scope import Scope
@@ -53,6 +55,7 @@ class Readiness:
         self._seconds = seconds
         self._progress = progress
         self._ready: set[str] = set()
+        self._restored = saved.states(scope).keys()
 
     def before(self, step: Sequence[Action], plan: Plan) -> None:
         """Wait for the guests that those of this step come after. Raises ReadyError."""
@@ -70,6 +73,7 @@ class Readiness:
     def _wait(self, names: Sequence[str], plan: Plan, hosts: bool = False) -> None:
         deadline = time.monotonic() + self._seconds
         started = {a.key for a in plan if isinstance(a, Create)} | {*leases.asking_anew(plan)}
+        names = [n for n in names if not self._goes_on(n)]
         asking = {f"guest:{n}" for n in names if self._guests[n].ready == "lease"}
         others = [n for n in names if f"guest:{n}" not in asking]
         for name in others:
@@ -88,6 +92,10 @@ class Readiness:
                 continue
             self._wait_for(name, self._guests[name].ready, deadline)
         self._ready.update(names)
+
+    def _goes_on(self, name: str) -> bool:
+        kind = self._guests[name].ready.partition(":")[0]
+        return name in self._restored and kind in ("lease", "console")
 
     def _wait_for(self, name: str, ready: str, deadline: float) -> None:
         kind, _, argument = ready.partition(":")

@@ -328,6 +328,8 @@ def _programs(busybox: _Busybox) -> list[Entry]:
         initramfs.file("bin/busybox", busybox.program, 0o755),
         *(initramfs.symlink(f"bin/{name}", "busybox") for name in applets),
         initramfs.symlink("sbin/init", "../bin/busybox"),
+        # qemu-ga sets the clock only where it finds this (qga/commands-posix.c).
+        initramfs.symlink("sbin/hwclock", "../bin/busybox"),
     ]
 
 
