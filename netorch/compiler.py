@@ -12,7 +12,7 @@ import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
 from netorch.facts import Facts, Interface
-from netorch.guest_disks import disks_of, storage_of
+from netorch.guest_disks import disks_of, hot_disks, storage_of
 from netorch.guest_nics import guest_nics, user_subnets
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Nic, Taps, Topology
 from netorch.names import bridge_name, rate_name, tap_id, tap_name, tap_names, veth_name
@@ -326,7 +326,11 @@ class _Compiler:
                 served={n for n, segment in self.segments.items() if segment.dhcp_first},
                 helpers=self.bridges if self.facts.helper else None,
             ),
-            disks=disks_of(guest, self.facts.formats, len(boot_nics)),
+            disks=hot_disks(
+                disks_of(guest, self.facts.formats, len(boot_nics)),
+                guest,
+                _ports(guest) if guest.machine == "q35" else None,
+            ),
             vnc=_display(guest),
             video=guest.video or ("" if guest.vnc is False else "VGA"),
             boot=GuestBoot(

@@ -215,7 +215,7 @@ class Guest(_Table, frozen=True):
     cmdline: str | None = None
     user_data: str | None = None  # cloud-init's: a path, or the text itself
     ssh_keys: tuple[str, ...] = ()  # public keys, or paths of files of them
-    ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for NICs that come and go: 4 on q35
+    ports: Annotated[int, Meta(ge=0, le=64)] | None = None  # for what comes and goes: 4 on q35
     vnc: bool | Annotated[int, Meta(ge=0, le=59635)] = False
     video: Literal["VGA", "virtio-vga"] | None = None
     nics: tuple[Nic, ...] = ()

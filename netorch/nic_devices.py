@@ -133,7 +133,7 @@ def said(name: str, identity: str) -> Plugged:
 
 
 def ports(count: int) -> list[dict[str, object]]:
-    """PCIe ports for NICs that come and go, eight to a slot: each has room for one device."""
+    """PCIe ports for what comes and goes, eight to a slot: each has room for one device."""
     return [
         {
             "driver": "pcie-root-port",

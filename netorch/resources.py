@@ -25,6 +25,7 @@ from netorch.guest_resources import GuestNic as GuestNic
 from netorch.guest_resources import Overlay as Overlay
 from netorch.guest_resources import Passt as Passt
 from netorch.guest_resources import Volume as Volume
+from netorch.guest_resources import behind_ports as behind_ports
 from netorch.resource import Resource as Resource
 
 

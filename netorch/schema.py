@@ -71,7 +71,7 @@ DESCRIPTIONS = {
     "Guest.cmdline": "The command line of that kernel.",
     "Guest.user_data": "cloud-init's user data: a path, or the text (of several lines).",
     "Guest.ssh_keys": "Public SSH keys for cloud-init's user, or paths of files of them.",
-    "Guest.ports": "PCIe ports of a q35, for NICs that come and go while it runs; by default 4.",
+    "Guest.ports": "PCIe ports of a q35, for NICs and disks that come and go; by default 4.",
     "Guest.vnc": "true: VNC on a Unix socket; a number: that display, on loopback.",
     "Guest.video": "The display adapter; by default VGA with vnc, else none.",
     "Guest.nics": "The guest's NICs, in its order.",
