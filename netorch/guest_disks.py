@@ -6,11 +6,15 @@ the others are called as they stand in the file, `disk0`, `disk1`, ..., unless t
 
 from collections.abc import Iterator, Mapping
 
+import msgspec
+
+from netorch.disk_devices import IMAGE
 from netorch.model import DISKLESS, Disk, Guest
-from netorch.resources import DiskLayer, GuestDisk, Overlay, Resource, Volume
+from netorch.resources import DiskLayer, GuestDisk, Overlay, Resource, Volume, behind_ports
 from netorch.topology_values import disk_bytes
 
-IMAGE = "image"
+# Disks on other buses can't come and go: QEMU plugs nothing into AHCI and IDE controllers.
+_HOT_BUSES = frozenset({"virtio", "nvme", "scsi", "usb"})
 
 
 def disk_name(index: int, disk: Disk) -> str:
@@ -46,6 +50,21 @@ def disks_of(guest: Guest, formats: Mapping[str, str], before: int = 0) -> tuple
             )
         )
     return tuple(made)
+
+
+def hot_disks(
+    disks: tuple[GuestDisk, ...], guest: Guest, ports: int | None
+) -> tuple[GuestDisk, ...]:
+    """The disks, with those marked `hot` that can come and go: if there are `ports` for all of them
+    and for the NICs; None: they need none.
+    """
+    marked = tuple(
+        msgspec.structs.replace(disk, hot=disk.bus in _HOT_BUSES and disk.name != IMAGE)
+        for disk in disks
+    )
+    if ports is not None and len(guest.nics) + len(behind_ports(marked)) > ports:
+        return disks
+    return marked
 
 
 def storage_of(name: str, guest: Guest, disks: tuple[GuestDisk, ...]) -> Iterator[Resource]:

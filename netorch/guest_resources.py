@@ -1,12 +1,13 @@
 """The resources of guests: a QEMU, its NICs and its disks. See `netorch.resources`."""
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal, Self
 
 import msgspec
 
 from netorch.boot_resources import GuestBoot
 from netorch.model import Forward
-from netorch.resource import Resource
+from netorch.resource import Resource, short
 
 # The states of a QEMU that somebody may be at work in (qapi/run-state.json). In any other one the
 # guest has ended or crashed, was never let run, or can't be asked.
@@ -64,13 +65,17 @@ class DiskLayer(msgspec.Struct, frozen=True):
     file: str
     format: str
 
+    def __str__(self) -> str:
+        return f"{self.file} as {self.format}"
+
 
 class GuestDisk(msgspec.Struct, frozen=True, kw_only=True):
     """A guest's disk: the device that it sees, and the data behind it.
 
     `use` says who takes the writes: an `overlay` or a `volume` (the lab's own file, a resource), or
     with `write` the first of `layers`; with `read` nobody. Each of `layers` lies over the next.
-    `unit` is the place on a bus where places count (ide, sata); `bootindex` 0 is none.
+    `unit` is the place on a bus where places count (ide, sata); `bootindex` 0 is none. One that is
+    `hot` can come and go while the guest runs; one that is not `attached` is half made.
     """
 
     name: str
@@ -81,6 +86,23 @@ class GuestDisk(msgspec.Struct, frozen=True, kw_only=True):
     cdrom: bool = False
     unit: int = 0
     bootindex: int = 0
+    hot: bool = False
+    attached: bool = True
+
+    def describe(self) -> str:
+        return f"disk {self.name} ({self.bus})"
+
+    def changes(self, new: "GuestDisk") -> str:
+        if not self.attached:
+            return f"plug {new.describe()} again"
+        if not new.attached:
+            return f"disk {self.name} is half made"
+        what = [
+            f"{name} {short(getattr(self, name))} -> {short(getattr(new, name))}"
+            for name in self.__struct_fields__
+            if getattr(self, name) != getattr(new, name) and name != "hot"
+        ]
+        return f"disk {self.name} {', '.join(what)}" if what else ""
 
 
 class GuestNic(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -158,13 +180,14 @@ class Guest(Resource, frozen=True):
     """A running QEMU. `image` is `tiny`, `none`, or an absolute path, then also that of the first
     disk; `memory` is in MiB.
 
-    `ports` is how many PCIe ports it has for NICs that come and go; a machine `pc` needs none.
+    `ports` is how many PCIe ports it has for NICs and disks that come and go; a machine `pc` needs
+    none.
     `vnc` is `socket`, for one in the run directory, or a display number on loopback, "" for none;
     `video` is the display adapter, "" for none. `state` is QEMU's run state (its QMP command
     query-status); a lab wants "running".
     """
 
-    live: ClassVar[frozenset[str]] = frozenset({"nics", "vnc", "state"})
+    live: ClassVar[frozenset[str]] = frozenset({"nics", "disks", "vnc", "state"})
     name: str
     image: str
     machine: str
@@ -186,8 +209,7 @@ class Guest(Resource, frozen=True):
     @property
     def needs(self) -> tuple[str, ...]:
         taps = (self.tap_key(nic) for nic in self.nics if nic.tap)
-        own = (disk for disk in self.disks if disk.use in ("overlay", "volume"))
-        disks = [f"{disk.use}:{self.name}:{disk.name}" for disk in own]
+        disks = [key for key in map(self.file_key, self.disks) if key]
         disks += [f"seed:{self.name}"] if self.boot.seed else []
         disks += [f"variables:{self.name}"] if self.boot.uefi else []
         services = (f"dnsmasq:{network}" for network in self.networks)
@@ -205,20 +227,34 @@ class Guest(Resource, frozen=True):
     def tap_key(self, nic: GuestNic) -> str:
         return f"tap:{self.name}:{nic.id}"
 
+    def file_key(self, disk: GuestDisk) -> str:
+        """The resource that takes a disk's writes; "": none does."""
+        own = disk.use in ("overlay", "volume")
+        return f"{disk.use}:{self.name}:{disk.name}" if own else ""
+
     def port_of(self, index: int) -> str:
         """The port of its NIC `index` at a start; "": it is on the root bus."""
         return f"port{index}" if index < self.ports else ""
+
+    def disk_ports(self) -> dict[str, str]:
+        """The ports at a start of what its disks have behind ports; see `behind_ports`."""
+        if self.machine != "q35":
+            return {}
+        names = enumerate(behind_ports(self.disks), len(self.nics))
+        return {name: f"port{number}" for number, name in names}
 
     def can_become(self, new: Resource) -> bool:
         if not super().can_become(new) or not isinstance(new, Guest):
             return False
         if self.state not in _IN_USE:
             return True  # it is started again, as new
-        return self._can_plug(new) and self._can_move_screen(new)
+        return self._can_plug(new) and self._can_plug_disks(new) and self._can_move_screen(new)
 
     def after_replace(self, needed: str) -> Self | None:
-        if needed.startswith(("overlay:", "volume:", "seed:", "variables:")):
+        if needed.startswith(("seed:", "variables:")):
             return None
+        if needed.startswith(("overlay:", "volume:")):
+            return self._without_file(needed)
         nics = tuple(
             msgspec.structs.replace(nic, attached=False) if self.tap_key(nic) == needed else nic
             for nic in self.nics
@@ -230,8 +266,14 @@ class Guest(Resource, frozen=True):
 
     def changes(self, new: Resource) -> list[str]:
         changes = super().changes(new)
-        if not isinstance(new, Guest) or self.nics == new.nics:
+        if not isinstance(new, Guest):
             return changes
+        rest = [change for change in changes if not change.startswith(("nics ", "disks "))]
+        return [*rest, *self._changes_of_nics(new), *self._changes_of_disks(new)]
+
+    def _changes_of_nics(self, new: "Guest") -> list[str]:
+        if self.nics == new.nics:
+            return []
         old_nics, new_nics = ({nic.mac: nic for nic in guest.nics} for guest in (self, new))
         of_nics = [f"remove {nic.describe()}" for m, nic in old_nics.items() if m not in new_nics]
         for mac, nic in new_nics.items():
@@ -239,8 +281,31 @@ class Guest(Resource, frozen=True):
                 of_nics.append(f"add {nic.describe()}")
             elif nic != old_nics[mac]:
                 of_nics.append(old_nics[mac].changes(nic))
-        rest = [change for change in changes if not change.startswith("nics ")]
-        return rest + (of_nics or ["the order of its NICs"])
+        return of_nics or ["the order of its NICs"]
+
+    def _changes_of_disks(self, new: "Guest") -> list[str]:
+        old_disks, new_disks = ({d.name: d for d in guest.disks} for guest in (self, new))
+        gone = [d for name, d in old_disks.items() if name not in new_disks]
+        lines = [f"remove {disk.describe()}" for disk in gone]
+        for name, disk in new_disks.items():
+            if name not in old_disks:
+                lines.append(f"add {disk.describe()}")
+            elif disk != old_disks[name] and (change := old_disks[name].changes(disk)):
+                lines.append(change)
+        same = old_disks == new_disks and self.disks != new.disks
+        return ["the order of its disks"] if same else lines
+
+    def _without_file(self, needed: str) -> Self | None:
+        """What is left of it once a file behind one of its disks has gone: the disk, half made, if
+        it could be unplugged.
+        """
+        disks = list(self.disks)
+        for index, disk in enumerate(disks):
+            if self.file_key(disk) == needed:
+                if not disk.hot or not self.is_in_use:
+                    return None
+                disks[index] = msgspec.structs.replace(disk, attached=False)
+        return msgspec.structs.replace(self, disks=tuple(disks))
 
     def _can_move_screen(self, new: "Guest") -> bool:
         """A display on a TCP port can get another port, or none; it is in the lab's network
@@ -258,9 +323,36 @@ class Guest(Resource, frozen=True):
             return True
         if any(nic.backend == "user" and nic not in self.nics for nic in new.nics):
             return False  # QEMU may be in a network namespace that leads nowhere
+        return self._has_ports_for(new)
+
+    def _can_plug_disks(self, new: "Guest") -> bool:
+        """Whether its disks can change while it runs: those that do are all hot."""
+        both = set(self.disks) & set(new.disks)
+        changed = (set(self.disks) | set(new.disks)) - both
+        return not changed or (all(disk.hot for disk in changed) and self._has_ports_for(new))
+
+    def _has_ports_for(self, new: "Guest") -> bool:
         if self.machine == "q35":
-            return max(len(self.nics), len(new.nics)) <= self.ports
+            return max(self._ports_taken(), new._ports_taken()) <= self.ports
         return self.machine == "pc"
+
+    def _ports_taken(self) -> int:
+        return len(self.nics) + len(behind_ports(self.disks))
+
+
+def behind_ports(disks: Iterable[GuestDisk]) -> list[str]:
+    """What has a PCIe port each, in a q35: disks that are hot and PCI devices, by their names'
+    devices, and the controllers (`scsi`, `usb`) of hot disks. One that the image hangs on has none,
+    since it never goes.
+    """
+    disks = list(disks)
+    fixed = {disk.bus for disk in disks if not disk.hot}
+    names = (
+        f"disk-{disk.name}" if disk.bus in ("virtio", "nvme") else disk.bus
+        for disk in disks
+        if disk.hot and (disk.bus in ("virtio", "nvme") or disk.bus not in fixed)
+    )
+    return list(dict.fromkeys(names))
 
 
 def _count(number: int, noun: str) -> str:

@@ -181,7 +181,7 @@ def _nic(guest: Guest, index: int, nic: GuestNic, ends: Ends) -> Iterator[str]:
 
 
 def _disks(guest: Guest, sources: Sequence[Sequence[Source]]) -> Iterator[str]:
-    for option, value in disk_devices.options(guest.disks, sources):
+    for option, value in disk_devices.options(guest.disks, sources, guest.disk_ports()):
         yield from (option, value) if isinstance(value, str) else _json(option, value)
 
 

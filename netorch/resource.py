@@ -52,14 +52,15 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     def changes(self, new: "Resource") -> list[str]:
         """The fields in which `new` differs, as `name old -> new`."""
         return [
-            f"{field} {_short(getattr(self, field))} -> {_short(getattr(new, field))}"
+            f"{field} {short(getattr(self, field))} -> {short(getattr(new, field))}"
             for field in self.__struct_fields__
             if getattr(self, field) != getattr(new, field)
         ]
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value for a line of a plan."""
     if isinstance(value, tuple):
-        return " ".join(map(_short, value)) or "none"
+        return " ".join(map(short, value)) or "none"
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."

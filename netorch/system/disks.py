@@ -4,7 +4,8 @@ An overlay holds what a guest writes to a disk that is made from an image; all e
 image. A volume starts empty. Both are resources of their own: a guest that is started again, even
 with other memory, finds its disks as it left them. What they are stands in their headers.
 
-A volume grows by QMP where a QEMU has it open, which then also tells the guest.
+A volume grows by QMP where a QEMU has it open, which then also tells the guest. A running guest
+gives its disk back before the file behind it is deleted (netorch.system.disk_removal).
 """
 
 import contextlib
@@ -12,14 +13,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from netorch.disk_devices import Source, writes
+from netorch.disk_devices import Source, device_id, writes
 from netorch.errors import ImageError, MissingError
 from netorch.planner import Update
-from netorch.resources import Guest, GuestDisk, Overlay, Resource, Volume
+from netorch.resources import GuestDisk, Overlay, Resource, Volume
 from netorch.system import saved
+from netorch.system.disk_removal import block_nodes, unplug
+from netorch.system.guest_devices import reach
 from netorch.system.guest_processes import directory_of, running
 from netorch.system.images import header, is_block_device, open_image, virtual_size
-from netorch.system.qmp import Qmp
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, program, start
 
@@ -99,6 +101,7 @@ class Disks:
             done(change.new)
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
+        self._unplug(unwanted)
         for resource in unwanted:
             path = self._path(resource)
             saved.drop(self._scope, path.parent.name)  # it is nothing without this disk
@@ -112,16 +115,26 @@ class Disks:
         assert isinstance(resource, Overlay | Volume)
         return disk_path(self._scope, resource.guest, resource.disk)
 
+    def _unplug(self, unwanted: Sequence[Resource]) -> None:
+        """Take the disks of these files from guests that run."""
+        names: dict[str, set[str]] = {}
+        for resource in unwanted:
+            assert isinstance(resource, Overlay | Volume)
+            if (directory_of(self._scope, resource.guest) / "qmp.sock").exists():
+                names.setdefault(resource.guest, set()).add(resource.disk)
+        found = running(self._scope) if names else {}
+        for guest, disks in names.items():
+            for process in found.get(f"guest:{guest}", ()):
+                unplug(self._scope, process, disks)
+
     def _grow(self, volume: Volume) -> None:
-        for process in running(self._scope).get(f"guest:{volume.guest}", ()):
-            guest = process.resource
-            if isinstance(guest, Guest) and volume.disk in (disk.name for disk in guest.disks):
-                socket = directory_of(self._scope, volume.guest) / "qmp.sock"
-                with Qmp(socket, volume.guest) as qmp:
-                    qmp.ready()
-                    node = f"disk-{volume.disk}"
+        if f"guest:{volume.guest}" in running(self._scope):
+            with reach(self._scope, volume.guest) as qmp:
+                qmp.ready()
+                node = device_id(volume.disk)
+                if node in block_nodes(qmp):
                     qmp.ask("block_resize", {"node-name": node, "size": volume.size})
-                return
+                    return
         child = self._begin(
             "resize", "-q", "-f", "qcow2", str(self._path(volume)), str(volume.size)
         )

@@ -1,4 +1,5 @@
-"""Changing a guest that runs: NICs come, go, change their network and their link; VNC moves.
+"""Changing a guest that runs: NICs come, go, change their network and their link; VNC moves; for
+disks see netorch.system.disk_changes.
 
 What is to be done follows from what QEMU has at that moment, not from what a plan knew, so that
 doing it twice is silent and what a killed run left half made is cleared first. Order:
@@ -22,28 +23,20 @@ from collections.abc import Callable, Iterator, Sequence
 from netorch.errors import NetorchError
 from netorch.nic_devices import SPEC, Ends, Plugged, device, device_id, netdev, netdev_id, spec
 from netorch.resources import Guest, GuestNic, Resource
-from netorch.system import saved
 from netorch.system.back_ends import open_ends
-from netorch.system.guest_devices import Look, Seen, reach
+from netorch.system.disk_changes import DiskChanges
+from netorch.system.guest_devices import look, reach
+from netorch.system.hotplug import RESUME, FreePorts, ask_to_let_go, await_gone, resume
 from netorch.system.namespaces import wait_exit
 from netorch.system.processes import Marked
 from netorch.system.qmp import Qmp, QmpError
 from netorch.system.scope import Scope
 from netorch.system.services import nic_key, note_start
 
-_UNPLUG_SECONDS = 15.0  # a Linux lets go within a second; under TCG on a busy machine, three
 # How long a link is down for a guest to see it. NetworkManager takes a carrier that comes back
 # within 4 s for the same one (src/core/devices/nm-device.c, carrier_changed); tiny counts changes.
 _DOWN_SECONDS = {"tiny": 0.5}
 _OTHERS_DOWN_SECONDS = 5.0
-# How QEMU leaves a run state (qapi/run-state.json). From any other one only a new start leads on.
-RESUME = {
-    "prelaunch": "cont",
-    "paused": "cont",
-    "io-error": "cont",
-    "postmigrate": "cont",  # it was about to be saved
-    "suspended": "system_wakeup",
-}
 _VNC_PORT = 5900
 
 
@@ -57,7 +50,7 @@ class Running:
         self.qmp = reach(scope, wanted.name)
         try:
             self.qmp.ready()
-            self._seen = self._look()
+            self._seen = look(self.qmp, process)
         except BaseException:
             self.qmp.close()
             raise
@@ -72,49 +65,34 @@ class Running:
                 self._fresh.append((index, nic))
         self._gone = {device_id(mac): p for mac, p in have.items()}
         self._leaving: list[str] = []  # those whose DEVICE_DELETED is still to come
+        self._disks = DiskChanges(scope, self.qmp, wanted, self._seen)
 
     def resume(self) -> None:
         """Let it run, if it doesn't: one that stands still lets go of nothing."""
         if self._seen.state == "prelaunch":
             set_links(self.qmp, self.wanted)
-        if self._seen.state in RESUME:
-            self.qmp.ask("migrate_cancel")  # where a `save` was killed, QEMU may be writing on
-            saved.drop(self._scope, self.wanted.name)
-            self.qmp.ask(RESUME[self._seen.state])
+        resume(self._scope, self.qmp, self.wanted.name, self._seen.state)
 
     def ask_to_let_go(self) -> None:
-        for name in self._gone:
-            if name not in self._seen.devices:
-                continue
-            self._leaving.append(name)
-            try:
-                self.qmp.ask("device_del", {"id": name})
-            except QmpError as error:
-                if "not found" in error.message:  # an earlier run had asked for it
-                    self._leaving.remove(name)
-                elif "in the process of unplug" not in error.message:
-                    raise
+        present = [name for name in self._gone if name in self._seen.devices]
+        self._leaving = list(ask_to_let_go(self.qmp, present))
+        self._disks.ask_to_let_go()
 
     def unplug(self) -> None:
         for name, plugged in self._gone.items():
-            if name in self._leaving and not self.qmp.event(
-                "DEVICE_DELETED", name, _UNPLUG_SECONDS
-            ):
-                what = plugged.nic.describe()
-                raise NetorchError(
-                    f"failed to remove {what} from guest {self.wanted.name}: its system does not "
-                    f"let go of the device within {_UNPLUG_SECONDS:g} s",
-                    "is it still booting? Then apply again; or take the guest out of the file, "
-                    "apply, and put it back in",
-                )
+            if name in self._leaving:
+                await_gone(self.qmp, name, plugged.nic.describe(), self.wanted.name)
             self._clear(name, plugged)
+        self._disks.unplug()
 
     def plug(self) -> None:
-        taken = {p.port for _, _, p in self._kept}
-        free = [port for port in self._seen.ports if port not in taken]
+        taken = {p.port for _, _, p in self._kept} | self._disks.ports()
+        ports = [port for port in self._seen.ports if port not in taken]
+        free = FreePorts(self.wanted.name, self.wanted.machine, ports)
         if self._fresh:
             note_start(self._scope, [nic_key(nic.mac) for _, nic in self._fresh])
         for index, nic in self._fresh:
+<<<<<<< HEAD
             port = ""
             if self.wanted.machine == "q35":
                 if not free:
@@ -126,6 +104,10 @@ class Running:
             # Without vhost: a NIC that is added to a running guest has no time to lose.
             plugged = Plugged(nic=nic, index=index, port=port)
             plug(self._scope, self.qmp, self.wanted.name, plugged, accel="")
+=======
+            self._plug(Plugged(nic=nic, index=index, port=free.take(nic.describe())))
+        self._disks.plug(free)
+>>>>>>> main
 
     def take_links(self) -> None:
         """Links that are to be down, and those of NICs whose network has changed, for a moment."""
@@ -156,6 +138,7 @@ class Running:
                 name = f"/objects/{device_id(nic.mac)}{SPEC}"
                 text = spec(new)["identity"]
                 self.qmp.ask("qom-set", {"path": name, "property": "identity", "value": text})
+        self._disks.settle()
 
     def move_screen(self) -> None:
         if self._seen.vnc == self.wanted.vnc:
@@ -165,13 +148,6 @@ class Running:
             port = str(_VNC_PORT + int(self.wanted.vnc))
             addresses = [{"type": "inet", "host": "127.0.0.1", "port": port}]
         self.qmp.ask("display-update", {"type": "vnc", "addresses": addresses})
-
-    def _look(self) -> Seen:
-        look = Look(self.qmp, self.process, negotiated=True)
-        look.ask()
-        look.ask_specs()
-        look.finish()
-        return look.seen
 
     @staticmethod
     def _has_moved(new: GuestNic, old: GuestNic) -> bool:
@@ -249,7 +225,8 @@ def must_start_again(old: Resource, new: Resource) -> bool:
     if not isinstance(old, Guest) or not isinstance(new, Guest):
         return True
     if old.state == "prelaunch":
-        return [nic.hardware for nic in old.nics] != [nic.hardware for nic in new.nics]
+        nics = [nic.hardware for nic in old.nics] != [nic.hardware for nic in new.nics]
+        return nics or old.disks != new.disks
     return old.state != "running" and old.state not in RESUME
 
 

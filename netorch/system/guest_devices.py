@@ -1,4 +1,4 @@
-"""What the QEMUs of a lab's guests say of themselves: their state, their NICs, their display.
+"""What the QEMUs of a lab's guests say of themselves: state, NICs, disks, display.
 
 What QEMU's NICs were made from is asked of QEMU itself: each NIC has a spec, a QOM object of the
 name `nic-<mac>.spec` that carries it as JSON (`netorch.nic_devices`). A NIC is there if its spec
@@ -6,6 +6,7 @@ and its device are, and if QEMU's descriptors are still queues of its tap: one t
 deleted leaves a descriptor behind that leads nowhere, also when a tap of that name has been made
 since. That shows in /proc/PID/fdinfo, where the kernel names the interface that a queue belongs to,
 or none (drivers/net/tun.c, tun_chr_show_fdinfo). What is not whole is observed as not attached.
+Disks have specs as well, and are whole with their device.
 
 All guests are asked before the first answer is awaited, in two rounds.
 """
@@ -18,6 +19,8 @@ from typing import Any
 
 import msgspec
 
+from netorch import disk_devices
+from netorch.disk_devices import PluggedDisk
 from netorch.nic_devices import SPEC, Plugged, device_id, said
 from netorch.resources import Guest, GuestNic
 from netorch.system.back_ends import severed
@@ -35,6 +38,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
     state: str
     nics: tuple[Plugged, ...]
+    disks: tuple[PluggedDisk, ...]
     devices: frozenset[str]
     ports: tuple[str, ...]
     vnc: str = ""
@@ -65,6 +69,15 @@ def look_at_all(scope: Scope, processes: Iterable[Marked]) -> dict[str, Seen]:
         for name, look in looks.items():
             seen[name] = look.seen
     return seen
+
+
+def look(qmp: Qmp, process: Marked) -> Seen:
+    """What is seen of one guest in a session whose negotiation is done. Raises QmpError."""
+    one = Look(qmp, process, negotiated=True)
+    one.ask()
+    one.ask_specs()
+    one.finish()
+    return one.seen
 
 
 class Look:
@@ -100,19 +113,32 @@ class Look:
             self._qmp.send("qom-get", {"path": f"/objects/{name}", "property": "identity"})
 
     def finish(self) -> None:
-        plugged = [said(name, self._qmp.answer("qom-get")) for name in self._specs]
+        specs = {name: self._qmp.answer("qom-get") for name in self._specs}
+        disk, nic = disk_devices.device_id(""), device_id("")
+        plugged = [said(name, text) for name, text in specs.items() if name.startswith(nic)]
+        disks = [
+            self._whole(disk_devices.said(name, text))
+            for name, text in specs.items()
+            if name.startswith(disk)
+        ]
         made = [p.nic for p in plugged if device_id(p.nic.mac) in self._devices]
         live = attached(made, queues_of(self._pid)) - severed(self._qmp, made)
         nics = [p if p.nic.mac in live else detached(p) for p in plugged]
         self.seen = Seen(
             state=self._state,
             nics=tuple(sorted(nics, key=lambda p: p.index)),
+            disks=tuple(sorted(disks, key=lambda p: p.index)),
             devices=self._devices,
             ports=tuple(
                 sorted(n for n in self._devices if n.startswith("port") and n[4:].isdigit())
             ),
             vnc=self._vnc,
         )
+
+    def _whole(self, plugged: PluggedDisk) -> PluggedDisk:
+        there = disk_devices.device_id(plugged.disk.name) in self._devices
+        disk = msgspec.structs.replace(plugged.disk, attached=there)
+        return msgspec.structs.replace(plugged, disk=disk)
 
 
 def detached(plugged: Plugged) -> Plugged:

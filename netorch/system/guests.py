@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from netorch.disk_devices import IMAGE
 from netorch.errors import ImageError, MissingError, NetorchError
 from netorch.guests import Descriptors, Ram, argv, needs_network, vnc_socket
 from netorch.planner import Update
@@ -91,7 +92,11 @@ class Guests:
                 yield msgspec.structs.replace(guest, state=state)
                 continue
             nics = tuple(plugged.nic for plugged in look.nics)
-            yield msgspec.structs.replace(guest, state=look.state, nics=nics, vnc=look.vnc)
+            image = [disk for disk in guest.disks if disk.name == IMAGE]
+            disks = (*image, *(plugged.disk for plugged in look.disks))
+            yield msgspec.structs.replace(
+                guest, state=look.state, nics=nics, disks=disks, vnc=look.vnc
+            )
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         guests = [guest for guest in wanted if isinstance(guest, Guest)]

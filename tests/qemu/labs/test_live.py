@@ -5,9 +5,11 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from netorch.system.qmp import Qmp
 from tests.isolation import ip
 from tests.qemu.labs.lab import SECONDS, Lab, Machine
 
@@ -28,7 +30,7 @@ address = "10.3.0.1/24"
 
 [guests.vm1]
 memory = 128
-ports = 2
+ports = 4
 vnc = 5
 {NICS}
 """
@@ -68,11 +70,45 @@ def test_a_guest_changes_while_it_runs(machine: Machine) -> None:
         change(lab, TEXT.replace("vnc = 5", "vnc = 6"))
         assert banner(5906).startswith(b"RFB")
         assert not listens(5905)
+        _disks_come_and_go(lab)
     assert qemu_of(lab) == pid
 
+    _limits(lab)
     _heals(lab)
+    _heals_disks(lab)
     assert qemu_of(lab) == pid
     _restarts(lab, pid)
+
+
+def _limits(lab: Lab) -> None:
+    """A rate holds in its direction: 500 kB take 1.7 s, as 66 KiB pass at once."""
+    for way in ("out", "in"):
+        rate = f'{{ {way} = "2mbit" }}'
+        did = change(lab, TEXT.replace(NICS, f'nics = [{{ network = "lan", rate = {rate} }}]'))
+        assert f"rate of vm1:0, {way} 2mbit" in did
+        lab.unchanged()
+        with socket.create_server((GATEWAY, 0)) as listening:
+            listening.settimeout(SECONDS)
+            port = listening.getsockname()[1]
+            source = "/run/zeros" if way == "out" else "/dev/null"
+            lab.sh(
+                "vm1",
+                "rm -f /run/end; mkfifo /run/end; head -c 500000 /dev/zero > /run/zeros; "
+                f"(nc {GATEWAY} {port} < {source} | wc -c > /run/end) > /dev/null 2>&1 &",
+            )
+            connection, _peer = listening.accept()
+        begin = time.monotonic()
+        with connection:
+            connection.settimeout(SECONDS)
+            if way == "in":
+                connection.sendall(bytes(500_000))
+            else:
+                while connection.recv(65536):
+                    pass
+        received = lab.sh("vm1", "cat /run/end")
+        assert 1.2 < time.monotonic() - begin < 30
+        assert received == ("500000" if way == "in" else "0")
+    change(lab, TEXT)
 
 
 def _heals(lab: Lab) -> None:
@@ -91,13 +127,122 @@ def _heals(lab: Lab) -> None:
     lab.sh("vm1", f"ping -c 1 -W 5 {GATEWAY}")
 
 
+def with_disks(*disks: str) -> str:
+    return TEXT.replace(NICS, f"{NICS}\ndisks = [{', '.join(f'{{ {disk} }}' for disk in disks)}]")
+
+
+# In the guest: waits for a disk by its serial number; the time is for its driver to be loaded.
+_FIND = """
+find_disk() {{
+    for disk in /sys/block/[snv]*; do
+        for file in $disk/serial $disk/device/serial $disk/device/../../../../serial; do
+            serial=
+            [ ! -f $file ] || read -r serial < $file || :
+            [ "$serial" != {serial} ] || return 0
+        done
+        page=$disk/device/vpd_pg80
+        [ ! -f $page ] || [ "$(tail -c +5 $page | tr -d ' ')" != {serial} ] || return 0
+    done
+    return 1
+}}
+tries=0
+until find_disk; do
+    tries=$((tries + 1)); [ $tries -lt 300 ] || {{ ls /sys/block; exit 1; }}
+    usleep 100000
+done
+disk=/dev/${{disk##*/}}
+"""
+_WRITE = "dd if=/dev/urandom of=$disk bs=64k count=2 conv=fsync 2>/dev/null"
+_SUM = "echo 3 > /proc/sys/vm/drop_caches; dd if=$disk bs=64k count=3 2>/dev/null | md5sum"
+_BLOCKS = "set -- /sys/block/[snv]*; [ ! -e $1 ] || echo $#"
+
+
+def _at(lab: Lab, serial: str, script: str) -> str:
+    return lab.sh("vm1", _FIND.format(serial=serial) + script)
+
+
+def _disks_come_and_go(lab: Lab) -> None:
+    own = lab.machine.disks_base / lab.name / "vm1"
+    image = lab.machine.directory / "data.img"
+    image.write_bytes(os.urandom(1 << 20))
+    before = image.read_bytes()
+    digest = hashlib.md5(before[: 3 << 16]).hexdigest()
+    new, file = 'name = "new", size = "4M"', f'name = "file", file = "{image}"'
+    for bus in ("virtio", "nvme"):
+        done = change(lab, with_disks(new, f'{file}, bus = "{bus}"'))
+        assert f"disk file ({bus})" in done if bus == "virtio" else "disk file bus" in done
+        assert _at(lab, "file", _SUM).split()[0] == digest
+        lab.unchanged()
+    assert _at(lab, "file", _WRITE) == ""
+    assert _at(lab, "new", _WRITE) == ""
+    kept = _at(lab, "new", _SUM)
+    assert _at(lab, "file", _SUM).split()[0] != digest
+
+    done = change(lab, with_disks(new.replace("4M", "6M")))
+    assert "remove disk file (nvme)" in done
+    assert [path.name for path in own.iterdir()] == ["new.qcow2"]
+    assert lab.sh("vm1", _BLOCKS) == "1"
+    assert _at(lab, "new", "cat /sys/block/${disk##*/}/size") == str((6 << 20) // 512)
+    lab.unchanged()
+
+    for bus in ("scsi", "usb"):
+        change(lab, with_disks(f'{file}, bus = "{bus}"', new.replace("4M", "6M")))
+        assert _at(lab, "file", _SUM).split()[0] == digest, "what was written has gone with it"
+        assert _at(lab, "new", _SUM) == kept
+        lab.unchanged()
+    change(lab, TEXT)
+    assert lab.sh("vm1", _BLOCKS) == ""
+    assert not own.exists()
+    assert image.read_bytes() == before
+    with Qmp(lab.run / "guests" / "vm1" / "qmp.sock", "vm1") as qmp:
+        qmp.ready()
+        assert qmp.ask("query-fdsets") == []
+        assert qmp.ask("query-named-block-nodes", {"flat": True}) == []
+        left = {row["name"] for row in qmp.ask("qom-list", {"path": "/machine/peripheral"})}
+        assert "scsi" not in left
+
+
+def _heals_disks(lab: Lab) -> None:
+    """What a killed apply leaves: any part of a disk, from either end."""
+    text = with_disks('name = "new", size = "4M"')
+    change(lab, text)
+    assert _at(lab, "new", _WRITE) == ""
+    kept = _at(lab, "new", _SUM)
+    spec, device = "disk-new.spec", "disk-new"
+    for parts in ((), ("node",), ("node", "sets", "spec")):
+        with Qmp(lab.run / "guests" / "vm1" / "qmp.sock", "vm1") as qmp:
+            qmp.ready()
+            qmp.ask("device_del", {"id": device})
+            assert qmp.event("DEVICE_DELETED", device, SECONDS)
+            if "node" in parts:
+                qmp.ask("blockdev-del", {"node-name": device})
+            if "sets" in parts:
+                for one in qmp.ask("query-fdsets"):
+                    qmp.ask("remove-fd", {"fdset-id": one["fdset-id"]})
+            if "spec" in parts:
+                qmp.ask("object-del", {"id": spec})
+        status = lab.machine.netorch("status", lab.name, status=3).stdout
+        assert "disk new" in status
+        again = "add disk new" if "spec" in parts else "plug disk new (virtio) again"
+        assert again in change(lab, text)
+        assert _at(lab, "new", _SUM) == kept
+        lab.unchanged()
+    with Qmp(lab.run / "guests" / "vm1" / "qmp.sock", "vm1") as qmp:
+        qmp.ready()
+        qmp.ask("device_del", {"id": device})
+        assert qmp.event("DEVICE_DELETED", device, SECONDS)
+    assert "remove disk new" in change(lab, TEXT)
+    lab.unchanged()
+    assert not (lab.machine.disks_base / lab.name / "vm1").exists()
+
+
 def _restarts(lab: Lab, pid: int) -> None:
     """What can't change in a running guest is named, refused, and done when asked for."""
     larger = TEXT.replace("memory = 128", "memory = 160")
-    more = ', { network = "two" }' * 2
+    more = ', { network = "two" }' * 4
     for text, why in (
         (larger, "memory 128 -> 160"),
-        (TEXT.replace(NICS, NICS.replace("}]", f"}}{more}]")), "add NIC vm1-1"),  # of two ports
+        (TEXT.replace(NICS, NICS.replace("}]", f"}}{more}]")), "add NIC vm1-1"),  # of four ports
     ):
         lab.file.write_text(text)
         planned = lab.machine.netorch("plan", str(lab.file), status=3).stdout

@@ -48,7 +48,6 @@ main()
 
 def test_a_saved_guest_goes_on(machine: Machine) -> None:
     lab = machine.up("save", GUEST)
-    cold = _processor_seconds(qemu(lab))
     lab.sh("vm1", COUNT)
     before = _count(lab)
 
@@ -67,7 +66,6 @@ def test_a_saved_guest_goes_on(machine: Machine) -> None:
     time.sleep(2)  # by which the guest's clock would be late
     said = machine.netorch("start", "vm1").stderr
     assert "vm1 goes on from 20" in said
-    assert _processor_seconds(qemu(lab)) < cold / 2
     assert not state.parent.exists()
     after = _count(lab)
     assert before < after < before + 10_000
@@ -207,11 +205,6 @@ def _count(lab: Lab) -> int:
 def _missing(lab: Lab) -> list[dict[str, Any]]:
     found = json.loads(lab.machine.netorch("status", "--json", lab.name, status=3).stdout)
     return [row for row in found["resources"] if row["state"] == "missing"]
-
-
-def _processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _booted(lab: Lab, number: int) -> None:

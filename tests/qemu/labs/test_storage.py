@@ -134,7 +134,7 @@ def test_every_front_end_on_every_back_end(machine: Machine) -> None:
 
     again = _file(memory="192M").replace('virtio-new", size = "1M"', 'virtio-new", size = "3M"')
     lab.file.write_text(again)
-    machine.netorch("apply", str(lab.file))
+    machine.netorch("apply", "--restart", str(lab.file))
     lab.unchanged()
     _await(lab, "vm1", 6 * len(BUSES))
     kept = _sums(lab, "vm1", names)

@@ -41,6 +41,7 @@ ONE = """
 [guests.vm1]
 memory = 128
 start = "warm"
+ready = "agent"
 """
 
 
