@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from netorch.addresses import Macs, Pool, dhcp_range, gateways, nics_of
+from netorch.bare_guests import bare_guest, boot_of, ports_of
 from netorch.facts import Facts, Interface
 from netorch.guest_disks import disks_of, hot_disks, storage_of
 from netorch.guest_nics import guest_nics, user_subnets
@@ -30,7 +31,6 @@ from netorch.resources import (
     DhcpClient,
     Dnsmasq,
     Forwarding,
-    GuestBoot,
     Namespace,
     Rate,
     Record,
@@ -42,7 +42,6 @@ from netorch.resources import (
 )
 from netorch.resources import Guest as RunningGuest
 from netorch.state import State
-from netorch.topology import memory_mib
 from netorch.topology_rates import limits
 
 
@@ -321,27 +320,12 @@ class _Compiler:
                 served={n for n, segment in self.segments.items() if segment.dhcp_first},
                 helpers=self.bridges if self.facts.helper else None,
             ),
-<<<<<<< HEAD
-            disks=disks_of(guest, self.facts.formats, len(boot_nics)),
-            boot=_boot(guest, boot_nics),
-=======
             disks=hot_disks(
                 disks_of(guest, self.facts.formats, len(boot_nics)),
                 guest,
-                _ports(guest) if guest.machine == "q35" else None,
+                ports_of(guest) if guest.machine == "q35" else None,
             ),
-            vnc=_display(guest),
-            video=guest.video or ("" if guest.vnc is False else "VGA"),
-            boot=GuestBoot(
-                kernel=guest.kernel or "",
-                initrd=guest.initrd or "",
-                cmdline=guest.cmdline or "",
-                nics=boot_nics,
-                uefi=guest.firmware == "uefi",
-                seed=bool(guest.user_data or guest.ssh_keys),
-            ),
-            ports=_ports(guest),
->>>>>>> main
+            boot=boot_of(guest, boot_nics),
         )
 
     def _boot_nics(self, guest: Guest) -> Iterator[int]:
@@ -376,46 +360,6 @@ def _rate(port: Tap | Veth, nic: Nic | HostNic) -> Iterator[Rate]:
     into, out = limits(nic)
     if into or out:
         yield Rate(name=rate_name(port.name), port=port.key, into=into, out=out)
-
-
-def _display(guest: Guest) -> str:
-    if isinstance(guest.vnc, bool):
-        return "socket" if guest.vnc else ""
-    return str(guest.vnc)
-
-
-def bare_guest(name: str, guest: Guest) -> RunningGuest:
-    """The guest as far as it depends on itself alone: without its NICs and disks."""
-    return RunningGuest(
-        name=name,
-        image=guest.image,
-        machine=guest.machine,
-        accel=guest.accel,
-        memory=memory_mib(guest.memory),
-        cpus=guest.cpus,
-        vnc=_display(guest),
-        video=guest.video or ("" if guest.vnc is False else "VGA"),
-        boot=_boot(guest),
-        ports=_ports(guest),
-    )
-
-
-def _boot(guest: Guest, nics: tuple[int, ...] = ()) -> GuestBoot:
-    return GuestBoot(
-        kernel=guest.kernel or "",
-        initrd=guest.initrd or "",
-        cmdline=guest.cmdline or "",
-        nics=nics,
-        uefi=guest.firmware == "uefi",
-        seed=bool(guest.user_data or guest.ssh_keys),
-    )
-
-
-def _ports(guest: Guest) -> int:
-    """Each costs a start some hundredths of a second; a `pc` has hot-plug without any."""
-    if guest.machine != "q35":
-        return 0
-    return 4 if guest.ports is None else guest.ports
 
 
 def _gateway_of(nic: HostNic, segment: Segment) -> str:

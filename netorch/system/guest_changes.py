@@ -92,22 +92,10 @@ class Running:
         if self._fresh:
             note_start(self._scope, [nic_key(nic.mac) for _, nic in self._fresh])
         for index, nic in self._fresh:
-<<<<<<< HEAD
-            port = ""
-            if self.wanted.machine == "q35":
-                if not free:
-                    raise NetorchError(
-                        f"failed to add {nic.describe()} to guest {self.wanted.name}: "
-                        "all its ports are taken"
-                    )
-                port = free.pop(0)
             # Without vhost: a NIC that is added to a running guest has no time to lose.
-            plugged = Plugged(nic=nic, index=index, port=port)
+            plugged = Plugged(nic=nic, index=index, port=free.take(nic.describe()))
             plug(self._scope, self.qmp, self.wanted.name, plugged, accel="")
-=======
-            self._plug(Plugged(nic=nic, index=index, port=free.take(nic.describe())))
         self._disks.plug(free)
->>>>>>> main
 
     def take_links(self) -> None:
         """Links that are to be down, and those of NICs whose network has changed, for a moment."""

@@ -183,7 +183,7 @@ as_late() {
     mkdir -p /dev/pts /dev/shm
     mount -t devpts devpts /dev/pts
     mount -t tmpfs shm /dev/shm
-    [ -z "$TEMPLATE" ] || sed -i /MODALIAS/d /etc/mdev.conf
+    [ -z "$TEMPLATE" ] || spare_nics
     mdev -d > /dev/null 2>&1
     watch &
     load_all
@@ -193,7 +193,17 @@ as_late() {
     [ -z "$TEMPLATE" ] || be_template
 }
 
-# All drivers that a copy may need are loaded here, and it has to be able to tell that it is one.
+# The drivers of NICs will be loaded by then: no shell is to be started to find that out.
+spare_nics() {
+    rules=$(cat /etc/mdev.conf)
+    for alias in 'pci:.*bc02.*' 'virtio:d00000001.*'; do
+        rules="MODALIAS=$alias;.* 0:0 660 !
+$rules"
+    done
+    echo "$rules" > /etc/mdev.conf
+}
+
+# The drivers of NICs are loaded here, and it has to be able to tell that it is one.
 be_template() {
     modprobe -a -q -b virtio_net e1000 8139cp 2> /dev/null
     wake

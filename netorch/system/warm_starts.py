@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from netorch.compiler import bare_guest
+from netorch.bare_guests import bare_guest
 from netorch.model import Guest as Wanted
 from netorch.model import Topology
 from netorch.nic_devices import Plugged

@@ -42,6 +42,7 @@ LAYERS = (
         "nic_devices",
         "disk_devices",
         "guest_disks",
+        "bare_guests",
         "topology",
         "schema",
         "boot_devices",

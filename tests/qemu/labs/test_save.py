@@ -1,11 +1,9 @@
 """Guests that are saved and go on, whatever comes in between; and snapshots of their disks."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from netorch.system import namespaces
