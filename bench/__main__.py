@@ -1,14 +1,19 @@
-"""Runs the jobs and writes the table: `scripts/bench [LETTER...]`. Needs root (namespaces)."""
+"""Runs the jobs and writes the table: `scripts/bench [LETTER...]`. Needs root (namespaces).
+
+With --quick, one turn of each and nothing written: to try the bench, not to measure.
+"""
 
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from bench import peers
 from bench.jobs import Job, Tools, all_jobs
 from bench.turns import Figure, exponent, measure
 
@@ -16,44 +21,56 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 # What a figure is divided by: the first of these that took part.
-BASES = ("script", "C floor", "bare interpreter")
+BASES = ("script", "C floor", "bare interpreter", "kernel")
 
 
 def main() -> None:
     venv = Path(sys.argv[1])
-    letters = sys.argv[2:]
+    quick = "--quick" in sys.argv
+    letters = [word for word in sys.argv[2:] if word != "--quick"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         tools = _tools(venv, Path(scratch))
         os.environ["BENCH_TINY"] = _tiny(tools)
         jobs = [job for job in all_jobs(tools) if not letters or job.letter in letters]
-        found = {job.letter: _run(job, Path(scratch)) for job in jobs}
+        found, took = {}, {}
+        for job in jobs:
+            start = time.time()
+            found[job.letter] = _run(job, Path(scratch), quick)
+            took[job.letter] = round(time.time() - start)
+            print(f"{job.letter} took {took[job.letter]} s", file=sys.stderr, flush=True)
     machine = _machine()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "results.json").write_text(
-        json.dumps(
-            {
-                "machine": machine,
-                "seconds": round(time.time() - began),
-                "jobs": {
-                    job.letter: {"title": job.title, "figures": _plain(found[job.letter])}
-                    for job in jobs
-                },
-            },
-            indent=1,
-        )
-        + "\n"
-    )
-    text = _table(jobs, found, machine, time.time() - began)
-    (RESULTS / "results.md").write_text(text)
+    absent = peers.missing()
+    text = _table(jobs, found, machine) + _notes(took, absent)
     print(text)
+    if quick:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "results.md").write_text(text)
+    whole = {
+        "machine": machine,
+        "seconds": round(time.time() - began),
+        "left out": absent,
+        "jobs": {
+            job.letter: {
+                "title": job.title,
+                "seconds": took[job.letter],
+                "figures": _plain(found[job.letter]),
+            }
+            for job in jobs
+        },
+    }
+    (RESULTS / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def _run(job: Job, scratch: Path) -> dict[str, dict[str, Figure]]:
+def _run(job: Job, scratch: Path, quick: bool) -> dict[str, dict[str, Figure]]:
     def say(line: str) -> None:
         print(f"{job.letter} {line}", file=sys.stderr, flush=True)
 
-    return measure(job.contenders, job.turns, scratch / job.letter, say)
+    few = dict.fromkeys(job.few, 1) if quick else job.few
+    turns = 0 if quick else job.turns
+    return measure(job.contenders, turns, few, scratch / job.letter, say)
 
 
 def _tools(venv: Path, scratch: Path) -> Tools:
@@ -107,7 +124,6 @@ def _table(
     jobs: list[Job],
     found: dict[str, dict[str, dict[str, Figure]]],
     machine: dict[str, str],
-    seconds: float,
 ) -> str:
     lines = [
         "# Results of scripts/bench",
@@ -115,8 +131,9 @@ def _table(
         ", ".join(f"{key}: {value}" for key, value in machine.items()) + ".",
         "",
         "Whole commands, from spawn to exit, in milliseconds: the median, and the lowest and the",
-        "highest turn. The ratio is to the first of script, C floor and bare interpreter that took",
-        f"part. Contenders took turns. All of it took {seconds / 60:.0f} minutes.",
+        "highest turn. The ratio is to the first of script, C floor, bare interpreter and the bare",
+        "kernel work that took part. Contenders took turns; slow ones had fewer. Peak memory is",
+        "that of the largest process that was waited for.",
         "",
         "| job | | contender | ms | lowest - highest | ratio | peak MiB |",
         "|---|---|---|---:|---:|---:|---:|",
@@ -135,6 +152,13 @@ def _table(
     return "\n".join(lines) + "\n"
 
 
+def _notes(took: dict[str, int], absent: dict[str, str]) -> str:
+    jobs = ", ".join(f"{letter} {seconds} s" for letter, seconds in took.items())
+    lines = ["", f"All of it took {sum(took.values()) / 60:.0f} minutes: {jobs}."]
+    lines += [f"Left out: {peer}: {reason}." for peer, reason in absent.items()]
+    return "\n".join(lines) + "\n"
+
+
 def _base(figures: dict[str, dict[str, Figure]], label: str) -> float | None:
     return next((figures[b][label].ms for b in BASES if label in figures.get(b, {})), None)
 
@@ -143,10 +167,11 @@ def _row(job: Job, label: str, name: str, figure: Figure, base: float | None) ->
     ratio = f"{figure.ms / base:.2f}" if base else ""
     if label == "memory":
         return f"| {job.letter} | PSS of all | {name} | | | | {figure.mib:.0f} |"
+    mib = f"{figure.mib:.0f}" if figure.mib else ""
     spread = f"{figure.low:.1f} - {figure.high:.1f}"
     return (
         f"| {job.letter} {job.title} | {label} | {name} | {figure.ms:.1f} | {spread} | {ratio} | "
-        f"{figure.mib:.0f} |"
+        f"{mib} |"
     )
 
 

@@ -19,10 +19,13 @@ class Tools(NamedTuple):
 
 
 class Job(NamedTuple):
+    """Of slow contenders, `few` says how many turns they have."""
+
     letter: str
     title: str
     turns: int
     contenders: dict[str, Turn]
+    few: dict[str, int] = {}  # noqa: RUF012 (never changed)
 
 
 def all_jobs(tools: Tools) -> list[Job]:
@@ -32,6 +35,7 @@ def all_jobs(tools: Tools) -> list[Job]:
         _switches(tools, "B", "100 taps on one bridge", 1, 100),
         _switches(tools, "C", "10 networks of 100 taps", 10, 100),
         *(_guests(tools, count) for count in (1, 2, 8)),
+        _fixture(),
         _networks(tools),
         _traffic(tools),
     ]
@@ -86,6 +90,7 @@ def _start_up(tools: Tools) -> Job:
 def _nat(tools: Tools) -> Job:
     contenders: dict[str, Turn] = {
         "netorch": _netorch(tools, labs.NAT),
+        "netorch (two hosts)": _netorch(tools, labs.hosts(2)),
         "script": _script(labs.write_nat_script),
         **peers.nat(),
     }
@@ -108,8 +113,20 @@ def _switches(tools: Tools, letter: str, title: str, bridges: int, taps: int) ->
         "netorch": _netorch(tools, text, add),
         "C floor": floor,
         "script": _script(lambda d: labs.write_switches_script(d, bridges, taps)),
+        "naive script": _script(lambda d: labs.write_naive_script(d, bridges, taps)),
     }
-    return Job(letter, title, 7 if bridges == 1 else 5, contenders)
+    if bridges == 1:
+        hosts = f"netorch ({taps} hosts)"
+        contenders |= {hosts: _netorch(tools, labs.hosts(taps)), **peers.one_bridge(taps)}
+        return Job(letter, title, 7, contenders, _few(contenders, naive=3, mininet=3, munet=1))
+    contenders |= peers.many_bridges(bridges, taps)
+    return Job(letter, title, 5, contenders, _few(contenders, naive=1, mininet=1))
+
+
+def _few(contenders: dict[str, Turn], **turns: int) -> dict[str, int]:
+    """The numbers of turns by contenders, from those by the first words of their names."""
+    first = {name.split()[0]: name for name in contenders}
+    return {first[word]: count for word, count in turns.items() if word in first}
 
 
 def _guests(tools: Tools, count: int) -> Job:
@@ -119,8 +136,11 @@ def _guests(tools: Tools, count: int) -> Job:
     }
     if _knows_start(tools):
         contenders["netorch warm"] = _netorch_guests(tools, labs.guests(count, "warm"))
+    if count == 1:
+        contenders |= peers.one_guest()
     title = f"{count} guest{'s' if count > 1 else ''} from nothing to leases"
-    return Job(f"D{count}", title, 5 if count < 8 else 3, contenders)
+    few = {name: 3 for name in contenders if name.startswith("libvirt")}
+    return Job(f"D{count}", title, 5 if count < 8 else 3, contenders, few)
 
 
 def _knows_start(tools: Tools) -> bool:
@@ -191,6 +211,26 @@ def _script_guests(directory: Path, clock: Clock, count: int) -> None:
     (directory / "stop.sh").write_text(f"kill $(cat {directory}/q*.pid)\nsh {down[1]}\n")
     clock.run("up", ["sh", str(directory / "guests.sh")])
     clock.run("down", ["sh", str(directory / "stop.sh")])
+
+
+def _fixture() -> Job:
+    """The pytest fixture of a two-host lab, and the bare kernel work of the same objects."""
+
+    def of(which: int) -> Turn:
+        def turn(_directory: Path, clock: Clock) -> None:
+            from bench import bench_fixture  # imports pytest
+
+            for label, pause in (("apart", bench_fixture.PAUSE), ("back to back", 0.0)):
+                for cost in bench_fixture.measure(15, pause)[which]:
+                    clock.note(f"set-up, {label}", cost.setup)
+                    clock.note(f"tear-down, {label}", cost.teardown)
+                    clock.note(f"both, {label}", cost.whole)
+
+        return turn
+
+    contenders = {"netorch": of(0), "kernel": of(1)}
+    few = dict.fromkeys(contenders, 2)  # it leaves out its own first turns
+    return Job("I", "the pytest fixture of a two-host lab", 2, contenders, few)
 
 
 def _networks(tools: Tools) -> Job:

@@ -33,6 +33,14 @@ def networks(count: int) -> str:
     )
 
 
+def hosts(count: int) -> str:
+    """A file with `count` hosts, each with an address, on one bridge."""
+    return '[networks.lan]\nmode = "bridge"\n' + "".join(
+        f'[hosts.h{h}]\nnics = [{{ network = "lan", address = "10.0.1.{h + 1}/16" }}]\n'
+        for h in range(count)
+    )
+
+
 def guests(count: int, start: str = "") -> str:
     """A file with `count` tiny guests on one NAT network."""
     text = '[networks.default]\naddress = "192.168.122.1/24"\nuplink = "lo"\n'
@@ -55,6 +63,23 @@ def write_switches_script(directory: Path, bridges: int, taps: int) -> tuple[lis
     lines += [f"link set br{b} up" for b in range(bridges)]
     up.write_text("\n".join(lines) + "\n")
     return ["ip", "-batch", str(up)], ["ip", "link", "delete", "group", "7"]
+
+
+def write_naive_script(directory: Path, bridges: int, taps: int) -> tuple[list[str], list[str]]:
+    """What one writes first: a command for each thing, both ways."""
+    up, down = ["set -e"], ["set -e"]
+    for b in range(bridges):
+        up += [f"ip link add br{b} type bridge", f"ip link set br{b} up"]
+        for t in range(taps):
+            name = f"t{b}x{t}"
+            up.append(f"ip tuntap add {name} mode tap")
+            up.append(f"ip link set {name} master br{b}")
+            up.append(f"ip link set {name} up")
+            down.append(f"ip link delete {name}")
+        down.append(f"ip link delete br{b}")
+    for name, lines in (("up", up), ("down", down)):
+        (directory / f"{name}.sh").write_text("\n".join(lines) + "\n")
+    return ["sh", str(directory / "up.sh")], ["sh", str(directory / "down.sh")]
 
 
 def write_nat_script(directory: Path) -> tuple[list[str], list[str]]:

@@ -30,7 +30,7 @@ def needs_no_rights(topology: Topology) -> bool:
     return (
         any(nic.network for nic in nics)
         and all(network.external for network in topology.networks.values())
-        and all(nic.queues == 1 for nic in nics)
+        and all(nic.queues == 1 and nic.rate is None for nic in nics)
         and not (topology.hosts or topology.taps)
     )
 

@@ -15,7 +15,7 @@ from netorch.facts import Facts, Interface
 from netorch.guest_disks import disks_of, hot_disks, storage_of
 from netorch.guest_nics import guest_nics, user_subnets
 from netorch.model import Dhcp, Guest, Host, HostNic, Network, Nic, Taps, Topology
-from netorch.names import bridge_name, tap_id, tap_name, tap_names, veth_name
+from netorch.names import bridge_name, rate_name, tap_id, tap_name, tap_names, veth_name
 from netorch.networks import (
     Reservation,
     Segment,
@@ -32,6 +32,7 @@ from netorch.resources import (
     Forwarding,
     GuestBoot,
     Namespace,
+    Rate,
     Record,
     Resource,
     Seed,
@@ -42,6 +43,7 @@ from netorch.resources import (
 from netorch.resources import Guest as RunningGuest
 from netorch.state import State
 from netorch.topology import memory_mib
+from netorch.topology_rates import limits
 
 
 def compile(topology: Topology, facts: Facts, run: Path, table: str, source: str = "") -> State:
@@ -251,12 +253,12 @@ class _Compiler:
         for index, device in enumerate(tap_names(name, taps)):
             yield self._tap(f"{name}:{index}", device, taps.network, taps.queues, taps.owner)
 
-    def _guest_taps(self, name: str, guest: Guest) -> Iterator[Tap]:
+    def _guest_taps(self, name: str, guest: Guest) -> Iterator[Resource]:
         for index, nic in enumerate(guest.nics):
             if self.facts.helper or nic.network is None:
                 continue
             mac = self.macs.of_nic(name, index, nic.mac)
-            yield self._tap(
+            tap = self._tap(
                 f"{name}:{tap_id(index, nic)}",
                 tap_name(name, index, nic),
                 nic.network,
@@ -264,6 +266,8 @@ class _Compiler:
                 0,
                 mac,
             )
+            yield tap
+            yield from _rate(tap, nic)
 
     def _tap(
         self, id: str, name: str, network: str, queues: int, owner: str | int, mac: str = ""
@@ -288,7 +292,7 @@ class _Compiler:
                 "" if nic.gateway is False or routed or not static else _gateway_of(nic, segment)
             )
             routed = routed or bool(gateway)
-            yield Veth(
+            veth = Veth(
                 id=f"{name}:{index}",
                 name=veth_name(name, index),
                 network="" if self._is_external(nic.network) else nic.network,
@@ -300,6 +304,8 @@ class _Compiler:
                 addresses=(nic.address,) if static and nic.address else (),
                 gateway=gateway,
             )
+            yield veth
+            yield from _rate(veth, nic)
             if not static:
                 yield DhcpClient(host=name, device=f"eth{index}")
 
@@ -364,6 +370,12 @@ class _Compiler:
         network = self.topology.networks[nic.network]
         joined = network.external or (network.mode == "bridge" and network.uplink is not None)
         return bool(self.segments[nic.network].dhcp_first) or joined
+
+
+def _rate(port: Tap | Veth, nic: Nic | HostNic) -> Iterator[Rate]:
+    into, out = limits(nic)
+    if into or out:
+        yield Rate(name=rate_name(port.name), port=port.key, into=into, out=out)
 
 
 def _display(guest: Guest) -> str:

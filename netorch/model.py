@@ -79,6 +79,7 @@ Ready = Annotated[
         description='a sign of readiness: "lease", "agent", "tcp:PORT", "console:REGEX" or "none"',
     ),
 ]
+Bits = Annotated[str, Meta(description='a rate such as "10mbit"')]
 Memory = Annotated[str, Meta(description='an amount of memory such as "256M" or "1G"')]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 DISKLESS = ("tiny", "none")  # the values of a guest's image that are no file
@@ -129,6 +130,13 @@ class Network(_Table, frozen=True):
     stp: bool = False
 
 
+class Rates(_Table, frozen=True, rename={"in_": "in"}):
+    """`rate` of a NIC, where it differs by direction."""
+
+    in_: int | Bits | None = None  # what the node receives; None: any amount
+    out: int | Bits | None = None  # what it sends
+
+
 class Forward(_Table, frozen=True):
     """One of a NIC's `forward`: a port of this machine that leads to one of the guest."""
 
@@ -153,6 +161,7 @@ class Nic(_Table, frozen=True):
     queues: Annotated[int, Meta(ge=1, le=256)] = 1
     tap: Interface | None = None
     link: Literal["up", "down"] = "up"
+    rate: int | Bits | Rates | None = None  # bit/s
 
 
 class HostNic(_Table, frozen=True):
@@ -162,6 +171,7 @@ class HostNic(_Table, frozen=True):
     address: str | None = None
     gateway: str | bool = True  # the network's; false: no default route
     mac: Mac | None = None
+    rate: int | Bits | Rates | None = None  # bit/s
 
 
 class Layer(_Table, frozen=True):

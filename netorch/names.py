@@ -31,6 +31,11 @@ def veth_name(host: str, index: int) -> str:
     return shorten(f"{host}-{index}")
 
 
+def rate_name(port: str) -> str:
+    """The ifb of a limited tap or veth: `vm1-0-rate`."""
+    return shorten(f"{port}-rate")
+
+
 def shorten(name: str) -> str:
     """`name` as an interface name: at most 15 bytes; a longer one is its start and a hash."""
     if len(name) <= 15:

@@ -204,6 +204,44 @@ class Veth(Resource, frozen=True):
         return " ".join(words)
 
 
+class Rate(Resource, frozen=True):
+    """What a tap or veth lets pass in bit/s, 0 for any amount: `into` the node, and `out` of it.
+
+    `name` is the ifb that what the node sends is queued at; `port` is the key of the tap or veth.
+    """
+
+    live: ClassVar[frozenset[str]] = frozenset({"into", "out"})
+    name: str
+    port: str
+    into: int = 0
+    out: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"rate:{self.port}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.port,)
+
+    def after_replace(self, needed: str) -> Self:
+        return msgspec.structs.replace(self, into=0, out=0)
+
+    def describe(self) -> str:
+        of = self.port.partition(":")[2]
+        if self.into == self.out:
+            return f"rate of {of}, {_rate(self.into)}"
+        both = {"in": self.into, "out": self.out}
+        limited = [f"{way} {_rate(bits)}" for way, bits in both.items() if bits]
+        return f"rate of {of}, {', '.join(limited)}"
+
+    def changes(self, new: Resource) -> list[str]:
+        assert isinstance(new, Rate)
+        both = {"in": (self.into, new.into), "out": (self.out, new.out)}
+        words = [f"{k} {_rate(a)} -> {_rate(b)}" for k, (a, b) in both.items() if a != b]
+        return words if self.name == new.name else [*words, f"interface -> {new.name}"]
+
+
 class Ruleset(Resource, frozen=True, eq=False):
     """The lab's nft table. Two are equal when their digests are.
 
@@ -315,6 +353,7 @@ AnyResource = (
     | BridgeUplink
     | Tap
     | Veth
+    | Rate
     | Ruleset
     | Forwarding
     | Dnsmasq
@@ -326,6 +365,14 @@ AnyResource = (
     | Guest
     | Passt
 )
+
+
+def _rate(bits: int) -> str:
+    """As tc writes it."""
+    for unit, size in (("gbit", 10**9), ("mbit", 10**6), ("kbit", 10**3)):
+        if bits and bits % size == 0:
+            return f"{bits // size}{unit}"
+    return f"{bits}bit" if bits else "unlimited"
 
 
 def encode(resource: Resource) -> str:

@@ -20,6 +20,7 @@ from netorch.topology_disks import storage
 from netorch.topology_expect import expectations
 from netorch.topology_nics import nics
 from netorch.topology_order import order
+from netorch.topology_rates import rates
 from netorch.topology_values import (
     Wrong,
     address,
@@ -72,7 +73,8 @@ class _Checks:
             self._known_network(("taps", name, "network"), taps.network)
         for name, network in self.topology.networks.items():
             self._room(name, network)
-        for finding in (*overlaps(self.subnets), *clashes(self.topology), *order(self.topology)):
+        others = (clashes, order, rates)
+        for finding in (*overlaps(self.subnets), *(f for c in others for f in c(self.topology))):
             self.say(*finding)
         for path, message, hint, because in (
             *nics(self.topology),

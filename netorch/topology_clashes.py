@@ -91,10 +91,16 @@ def _interfaces(topology: Topology) -> Iterator[tuple[Key, str]]:
             path = ("guests", name, "nics", index)
             if nic.network is None:
                 continue
-            yield (*path, "tap") if nic.tap else path, names.tap_name(name, index, nic)
+            tap = names.tap_name(name, index, nic)
+            yield (*path, "tap") if nic.tap else path, tap
+            if nic.rate is not None:
+                yield (*path, "rate"), names.rate_name(tap)
     for name, host in topology.hosts.items():
-        for index in range(len(host.nics)):
-            yield ("hosts", name, "nics", index), names.veth_name(name, index)
+        for index, host_nic in enumerate(host.nics):
+            veth = names.veth_name(name, index)
+            yield ("hosts", name, "nics", index), veth
+            if host_nic.rate is not None:
+                yield ("hosts", name, "nics", index, "rate"), names.rate_name(veth)
     for name, taps in topology.taps.items():
         for tap in names.tap_names(name, taps):
             yield ("taps", name), tap

@@ -9,8 +9,8 @@ from ipaddress import IPv4Network
 import msgspec
 
 from netorch.addresses import Ranges
-from netorch.resources import Bridge, Resource, Tap, Veth
-from netorch.system import taps
+from netorch.resources import Bridge, Rate, Resource, Tap, Veth
+from netorch.system import rates, taps
 from netorch.system.bridges import MAX_PORTS
 from netorch.system.changes import bridge_index
 from netorch.system.netlink import Netlink
@@ -39,7 +39,7 @@ def find(wanted: Sequence[Resource], scope: Scope) -> list[str]:
         uses = list(foreign_uses(snapshot, list(routes(netlink)), scope))
     reasons = []
     for resource in wanted:
-        assert isinstance(resource, Bridge | Tap | Veth)
+        assert isinstance(resource, Bridge | Tap | Veth | Rate)
         link = snapshot.by_name.get(resource.name)
         if link is not None and not is_own(link, scope):
             reasons.append(f"the name {link.name} is taken by {_whose(link)}")
@@ -48,6 +48,8 @@ def find(wanted: Sequence[Resource], scope: Scope) -> list[str]:
     reasons += _too_many_ports(wanted, snapshot, scope)
     if any(isinstance(resource, Tap) for resource in wanted):
         reasons += _no_tun()
+    if any(isinstance(resource, Rate) for resource in wanted):
+        reasons += rates.missing(snapshot)
     return reasons
 
 

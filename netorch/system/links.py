@@ -1,4 +1,4 @@
-"""The lab's links: bridges, taps and veth pairs, as one adapter.
+"""The lab's links: bridges, taps and veth pairs, and their rates, as one adapter.
 
 What is the lab's own is what carries its alias; a link's name or kind is no evidence. Every call
 starts from a fresh look at the kernel (some 20 ms for a thousand links), so that nothing rests on
@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from netorch.errors import KernelError
 from netorch.planner import Update
-from netorch.resources import Bridge, Resource, Tap, Veth
-from netorch.system import bridges, removal, taps, veths
+from netorch.resources import Bridge, Rate, Resource, Tap, Veth
+from netorch.system import bridges, rates, removal, taps, veths
 from netorch.system.changes import bridge_index
 from netorch.system.look import Look
 from netorch.system.netlink import Netlink
@@ -22,21 +22,22 @@ from netorch.system.snapshot import Link, Snapshot
 
 Done = Callable[[Resource], None]
 Failures = dict[str, KernelError]  # by key
+_KINDS = ("bridge:", "tap:", "veth:", "rate:")
 
 
 class Links:
-    """The adapter for Bridge, Tap and Veth."""
+    """The adapter for Bridge, Tap, Veth and Rate."""
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
     @property
     def kinds(self) -> tuple[type[Resource], ...]:
-        return (Bridge, Tap, Veth)
+        return (Bridge, Tap, Veth, Rate)
 
     def observe(self, look: Look | None = None) -> list[Resource]:
         snapshot = (look or Look(self._scope)).snapshot
-        return list(self._observe(snapshot, self._own(snapshot)))
+        return self._observe(snapshot, self._own(snapshot))
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         from netorch.system.conflicts import find  # ipaddress, only before a change
@@ -52,7 +53,7 @@ class Links:
             left = [resource for resource in wanted if resource.key in own]
             failures = self._update(netlink, snapshot, own, left)
             fresh = [resource for resource in wanted if resource.key not in own]
-            failures |= self._create(netlink, snapshot, fresh)
+            failures |= self._create(netlink, snapshot, own, fresh)
         _settle("create", wanted, failures, done)
 
     def update(self, wanted: Sequence[Update], done: Done) -> None:
@@ -66,7 +67,9 @@ class Links:
         keys = {resource.key for resource in unwanted}
         with Netlink() as netlink:
             snapshot = Snapshot(netlink)
-            doomed = [link.index for key, link in self._own(snapshot).items() if key in keys]
+            own = self._own(snapshot)
+            rates.release(netlink, own, [r for r in unwanted if isinstance(r, Rate)])
+            doomed = [link.index for key, link in own.items() if key in keys]
             error = removal.delete(netlink, snapshot, doomed)
             left = self._own(Snapshot(netlink)) if error else {}
         failures = {key: error for key in keys if key in left and error is not None}
@@ -78,14 +81,14 @@ class Links:
         return {
             link.alias.removeprefix(prefix): link
             for link in snapshot.links.values()
-            if link.alias.startswith((prefix + "bridge:", prefix + "tap:", prefix + "veth:"))
+            if link.alias.startswith(tuple(prefix + kind for kind in _KINDS))
         }
 
     def _observe(self, snapshot: Snapshot, own: dict[str, Link]) -> list[Resource]:
         hosts = [veths.host_of(key[5:]) for key in own if key.startswith("veth:")]
         far = veths.look(self._scope, hosts)
         networks = {own[key].index: key[7:] for key in own if key.startswith("bridge:")}
-        observed: list[Resource] = []
+        observed: list[Resource] = [*rates.observe(own)]
         for key, link in own.items():
             kind, _, id = key.partition(":")
             master = snapshot.links.get(link.master)
@@ -95,7 +98,7 @@ class Links:
                 observed.append(bridges.observe(link, id, snapshot))
             elif kind == "tap":
                 observed.append(taps.observe(link, id, network, bridge))
-            else:
+            elif kind == "veth":
                 end = far.get(veths.host_of(id))
                 observed.append(veths.observe(link, id, network, bridge, end))
         return observed
@@ -122,7 +125,13 @@ class Links:
             snapshot = Snapshot(netlink)
         return snapshot, self._own(snapshot)
 
-    def _create(self, netlink: Netlink, snapshot: Snapshot, fresh: Sequence[Resource]) -> Failures:
+    def _create(
+        self,
+        netlink: Netlink,
+        snapshot: Snapshot,
+        own: dict[str, Link],
+        fresh: Sequence[Resource],
+    ) -> Failures:
         of_bridges = [resource for resource in fresh if isinstance(resource, Bridge)]
         made = bridges.create(netlink, snapshot, of_bridges, self._scope)
         failures = {b.key: e for b, e in zip(of_bridges, made, strict=True) if e}
@@ -134,6 +143,9 @@ class Links:
         failures |= {tap.key: e for (tap, _), e in zip(of_taps, made, strict=True) if e}
         of_veths = [(r, masters[r.key]) for r in fresh if isinstance(r, Veth) and r.key in masters]
         made = veths.create(netlink, snapshot, of_veths, self._scope)
+        limits = [r for r in fresh if isinstance(r, Rate)]
+        limited = rates.create(netlink, snapshot, own, limits, self._scope)
+        failures |= {rate.key: e for rate, e in zip(limits, limited, strict=True) if e}
         return failures | {veth.key: e for (veth, _), e in zip(of_veths, made, strict=True) if e}
 
     def _update(
@@ -159,6 +171,9 @@ class Links:
             elif isinstance(resource, Veth) and resource.key in masters:
                 pairs.append((resource, link, masters[resource.key]))
         failures |= {key: e for key, e in zip(keys, netlink.send(groups), strict=True) if e}
+        limits = [r for r, _ in there if isinstance(r, Rate)]
+        made = rates.update(netlink, own, limits, self._scope)
+        failures |= {rate.key: e for rate, e in zip(limits, made, strict=True) if e}
         made = veths.update(netlink, pairs, self._scope)
         return failures | {veth.key: e for (veth, *_), e in zip(pairs, made, strict=True) if e}
 

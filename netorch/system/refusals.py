@@ -4,9 +4,9 @@ import errno
 from collections.abc import Callable
 
 from netorch.errors import KernelError, MissingError, NetorchError
-from netorch.resources import Bridge, Resource, Tap, Veth
+from netorch.resources import Bridge, Rate, Resource, Tap, Veth
 
-_MODULES: dict[type[Resource], str] = {Bridge: "bridge", Tap: "tun", Veth: "veth"}
+_MODULES: dict[type[Resource], str] = {Bridge: "bridge", Tap: "tun", Veth: "veth", Rate: "ifb"}
 
 
 def refusal(verb: str, resource: Resource, error: KernelError) -> NetorchError:
@@ -20,7 +20,7 @@ def refusal(verb: str, resource: Resource, error: KernelError) -> NetorchError:
 
 
 def _named(resource: Resource) -> str:
-    assert isinstance(resource, Bridge | Tap | Veth)
+    assert isinstance(resource, Bridge | Tap | Veth | Rate)
     return f"{type(resource).__name__.lower()} {resource.name}"
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from netorch.errors import KernelError
 from netorch.planner import Action, Create, Delete, Update
-from netorch.resources import Guest, Namespace, Resource, Tap, Veth
+from netorch.resources import Guest, Namespace, Rate, Resource, Tap, Veth
 from netorch.state import EMPTY, State
 
 
@@ -72,7 +72,7 @@ class FakeSystem:
         for key, resource in list(self.there.items()):
             if gone.key not in resource.needs:
                 continue
-            if isinstance(resource, Guest):
+            if isinstance(resource, Guest | Rate):
                 left = resource.after_replace(gone.key)
                 if left is not None:
                     self.there[key] = left

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from netorch.compiler import compile
 from netorch.facts import Facts, Uplink
-from netorch.model import Disk, Guest, Host, HostNic, Lab, Mode, Network, Nic, Taps, Topology
+from netorch.model import Disk, Guest, Host, HostNic, Lab, Mode, Network, Nic, Rates, Taps, Topology
 from netorch.state import State
 
 MODES: tuple[Mode, ...] = ("nat", "route", "open", "isolated", "bridge")
+RATES = (None, "8mbit", Rates(out="1mbit"))
 MODELS = ("virtio-net-pci", "e1000", "rtl8139")
 
 
@@ -32,7 +33,11 @@ def random_topology(rng: random.Random) -> Topology:
         f"vm{i}": Guest(
             memory=rng.choice([128, 256]),
             nics=tuple(
-                Nic(network=rng.choice(names), model=rng.choice(MODELS))  # type: ignore[arg-type]
+                Nic(
+                    network=rng.choice(names),
+                    model=rng.choice(MODELS),  # type: ignore[arg-type]
+                    rate=rng.choice(RATES),
+                )
                 for _ in range(rng.randint(0, 2))
             ),
             disks=tuple(
@@ -43,7 +48,9 @@ def random_topology(rng: random.Random) -> Topology:
         for i in range(rng.randint(0, 3))
     }
     hosts = {
-        f"host{i}": Host(nics=(HostNic(network=network, address=static[network]),))
+        f"host{i}": Host(
+            nics=(HostNic(network=network, address=static[network], rate=rng.choice(RATES)),)
+        )
         for i in range(rng.randint(0, 1))
         for network in [rng.choice(names)]
     }

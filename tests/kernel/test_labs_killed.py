@@ -35,7 +35,7 @@ address = "10.0.0.1/24"
 [hosts.client]
 nics = [{ network = "default" }]
 [hosts.server]
-nics = [{ network = "lan", address = "10.0.0.80/24" }]
+nics = [{ network = "lan", address = "10.0.0.80/24", rate = "8mbit" }]
 [taps.lab]
 network = "default"
 count = 2
@@ -50,7 +50,7 @@ mtu = 1400
 bridge = "br1"
 address = "10.1.0.1/24"
 [hosts.server]
-nics = [{ network = "dmz", address = "10.1.0.80/24" }]
+nics = [{ network = "dmz", address = "10.1.0.80/24", rate = { out = "1gbit" } }]
 [taps.lab]
 network = "dmz"
 count = 3

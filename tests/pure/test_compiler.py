@@ -23,6 +23,7 @@ from netorch.resources import (
     Forwarding,
     Guest,
     Overlay,
+    Rate,
     Resource,
     Ruleset,
     Tap,
@@ -169,6 +170,33 @@ def test_taps_have_the_owner_and_the_guests_mac_with_fe() -> None:
     ]
     assert state.of(Tap)[2].mac == "fe:54:00:ab:cd:ef"
     assert state.of(Guest)[0].nics[0].mac == "52:54:00:ab:cd:ef"
+
+
+def test_rates_are_whole_bytes_a_second_by_direction() -> None:
+    state = compiled("""
+        [networks.default]
+        [guests.vm1]
+        nics = [
+            { network = "default", rate = "1.5mbit", tap = "lan" },
+            { network = "default", rate = 100001 },
+            { network = "default", rate = { out = "1 GBIT" } },
+            { network = "default", rate = {} },
+        ]
+        [hosts.client]
+        nics = [{ network = "default", rate = { in = "8kbit", out = "32gbit" } }]
+    """)
+    assert [(r.key, r.name, r.into, r.out) for r in state.of(Rate)] == [
+        ("rate:tap:vm1:lan", "lan-rate", 1_500_000, 1_500_000),
+        ("rate:tap:vm1:1", "vm1-1-rate", 100_000, 100_000),
+        ("rate:tap:vm1:2", "vm1-2-rate", 0, 10**9),
+        ("rate:veth:client:0", "client-0-rate", 8000, 32 * 10**9),
+    ]
+    assert [r.describe() for r in state.of(Rate)] == [
+        "rate of vm1:lan, 1500kbit",
+        "rate of vm1:1, 100kbit",
+        "rate of vm1:2, out 1gbit",
+        "rate of client:0, in 8kbit, out 32gbit",
+    ]
 
 
 def test_where_no_tap_can_be_made_the_helper_gives_guests_theirs() -> None:

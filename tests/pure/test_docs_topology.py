@@ -20,6 +20,7 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "`disks` of a guest": model.Disk,
     "`backing` of a disk": model.Layer,
     "`nics` of a guest": model.Nic,
+    "`rate` of a NIC": model.Rates,
     "`forward` of a NIC": model.Forward,
     "`[hosts.NAME]`": model.Host,
     "`nics` of a host": model.HostNic,

@@ -51,6 +51,7 @@ LAYERS = (
     },
     {"topology_checks", "topology_clashes", "topology_disks", "topology_expect"}
     | {"topology_shape", "topology_order", "topology_boot", "topology_files", "topology_nics"}
+    | {"topology_rates"}
     | {"topology_values", "toml_lines"},
     {"state"},
     {"resources", "guest_resources", "boot_resources", "resource", "facts", "names"},

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -72,10 +73,42 @@ def test_a_guest_changes_while_it_runs(machine: Machine) -> None:
         _disks_come_and_go(lab)
     assert qemu_of(lab) == pid
 
+    _limits(lab)
     _heals(lab)
     _heals_disks(lab)
     assert qemu_of(lab) == pid
     _restarts(lab, pid)
+
+
+def _limits(lab: Lab) -> None:
+    """A rate holds in its direction: 500 kB take 1.7 s, as 66 KiB pass at once."""
+    for way in ("out", "in"):
+        rate = f'{{ {way} = "2mbit" }}'
+        did = change(lab, TEXT.replace(NICS, f'nics = [{{ network = "lan", rate = {rate} }}]'))
+        assert f"rate of vm1:0, {way} 2mbit" in did
+        lab.unchanged()
+        with socket.create_server((GATEWAY, 0)) as listening:
+            listening.settimeout(SECONDS)
+            port = listening.getsockname()[1]
+            source = "/run/zeros" if way == "out" else "/dev/null"
+            lab.sh(
+                "vm1",
+                "rm -f /run/end; mkfifo /run/end; head -c 500000 /dev/zero > /run/zeros; "
+                f"(nc {GATEWAY} {port} < {source} | wc -c > /run/end) > /dev/null 2>&1 &",
+            )
+            connection, _peer = listening.accept()
+        begin = time.monotonic()
+        with connection:
+            connection.settimeout(SECONDS)
+            if way == "in":
+                connection.sendall(bytes(500_000))
+            else:
+                while connection.recv(65536):
+                    pass
+        received = lab.sh("vm1", "cat /run/end")
+        assert 1.2 < time.monotonic() - begin < 30
+        assert received == ("500000" if way == "in" else "0")
+    change(lab, TEXT)
 
 
 def _heals(lab: Lab) -> None:
