@@ -288,8 +288,10 @@ def _apply_here(
         warn_of_managers(plan, progress)
         if lab.scope.disks.exists():
             from netorch.system import saved
+            from netorch.system.disks import forget_removed
 
             saved.keep_only(lab.scope, topology.guests)
+            forget_removed(lab.scope)
         for guest in desired.of(Guest) if plan else ():
             for line in idle_queues(guest):
                 progress.warn(line)

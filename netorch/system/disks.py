@@ -4,6 +4,10 @@ An overlay holds what a guest writes to a disk that is made from an image; all e
 image. A volume starts empty. Both are resources of their own: a guest that is started again, even
 with other memory, finds its disks as it left them. What they are stands in their headers.
 
+What a guest has written is not to be lost by an apply that fails. So a file that is deleted is put
+aside first, where a rollback finds it again, and is gone for good once an apply has come through
+(`forget_removed`).
+
 A volume grows by QMP where a QEMU has it open, which then also tells the guest. A running guest
 gives its disk back before the file behind it is deleted (netorch.system.disk_removal).
 """
@@ -25,6 +29,7 @@ from netorch.system.images import header, is_block_device, open_image, virtual_s
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, program, start
 
+_ASIDE = ".removed"
 _INSTALL = "install qemu-utils (Fedora: qemu-img)"
 
 
@@ -62,16 +67,7 @@ class Disks:
 
     def observe(self, look: object = None) -> Iterable[Resource]:
         for path in sorted(self._scope.disks.glob("*/*.qcow2")):
-            found, guest = header(path), path.parent.name
-            if found.backing:
-                yield Overlay(
-                    guest=guest,
-                    disk=path.stem,
-                    image=found.backing,
-                    format=found.backing_format,
-                )
-            else:
-                yield Volume(guest=guest, disk=path.stem, size=found.size)
+            yield _described(path)
 
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         if wanted and program("qemu-img") is None:
@@ -83,6 +79,10 @@ class Disks:
         for resource in wanted:
             path = self._path(resource)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self._is_aside(resource):
+                _aside(path).rename(path)
+                done(resource)
+                continue
             words = [*_contents(resource, _unfinished(path)), str(_size(resource))]
             children.append((resource, self._begin("create", "-q", "-f", "qcow2", *words)))
         for resource, child in children:
@@ -105,11 +105,18 @@ class Disks:
         for resource in unwanted:
             path = self._path(resource)
             saved.drop(self._scope, path.parent.name)  # it is nothing without this disk
-            path.unlink(missing_ok=True)
+            if _aside(path).exists():  # from before this apply; the file is younger than that
+                path.unlink(missing_ok=True)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(_aside(path))
             _unfinished(path).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # others of the guest's are there, or it is gone
-                path.parent.rmdir()
             done(resource)
+
+    def _is_aside(self, resource: Resource) -> bool:
+        """Whether the very disk was deleted by the apply that is being taken back."""
+        path = _aside(self._path(resource))
+        return path.exists() and _described(path) == resource
 
     def _path(self, resource: Resource) -> Path:
         assert isinstance(resource, Overlay | Volume)
@@ -147,6 +154,22 @@ class Disks:
         return start(self._scope, None, [qemu_img, *words], log=self._scope.run / "qemu-img.log")
 
 
+def forget_removed(scope: Scope) -> None:
+    """Delete for good what was put aside: an apply has come through."""
+    for path in scope.disks.glob(f"*/*{_ASIDE}"):
+        path.unlink()
+        with contextlib.suppress(OSError):  # others of the guest's are there
+            path.parent.rmdir()
+
+
+def _described(path: Path) -> Resource:
+    """What the header of a disk's file says it is."""
+    found, guest = header(path), path.parent.name
+    if not found.backing:
+        return Volume(guest=guest, disk=path.stem, size=found.size)
+    return Overlay(guest=guest, disk=path.stem, image=found.backing, format=found.backing_format)
+
+
 def _contents(resource: Resource, path: Path) -> list[str]:
     if isinstance(resource, Overlay):
         # -u: the image is not opened, nor what its header may name.
@@ -167,6 +190,10 @@ def _finish(child: Child, what: str) -> None:
             raise ImageError(f"failed to {what}: {child.output()}")
     finally:
         child.close()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_suffix(_ASIDE)
 
 
 def _unfinished(path: Path) -> Path:

@@ -9,6 +9,10 @@ Order, and what a crash leaves:
    still beside it; an apply drops the file and lets the guest go on.
 4. QEMU ends.
 
+A state can only be taken in by a QEMU with the same devices in the same places. A start puts them
+where the file's order says; so a guest whose NICs or disks have changed since its start can't be
+saved before it has restarted.
+
 What fails before 3 lets the guest go on, and deletes the file.
 """
 
@@ -17,9 +21,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from netorch.disk_devices import IMAGE
 from netorch.errors import NetorchError, UsageError
 from netorch.resources import Guest
 from netorch.system import saved
+from netorch.system.guest_devices import look_at_all
 from netorch.system.guest_processes import directory_of, end_guests, running
 from netorch.system.incoming import hand_over, wait_migrated
 from netorch.system.power import session
@@ -35,6 +41,11 @@ def save(scope: Scope, guest: Guest, progress: Callable[[str], None]) -> None:
     name = guest.name
     if guest.state not in _CAN_BE_SAVED:
         raise UsageError(f"guest {name} can't be saved: its state is {guest.state!r}")
+    if not _is_as_started(scope, guest):
+        raise UsageError(
+            f"guest {name} can't be saved: its NICs or disks were changed while it ran",
+            f"after `netorch restart {name}` it can",
+        )
     file = saved.unfinished(scope, name)
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -56,6 +67,28 @@ def save(scope: Scope, guest: Guest, progress: Callable[[str], None]) -> None:
     (directory_of(scope, name) / "process").unlink(missing_ok=True)
     end_guests(scope, running(scope).get(guest.key, ()))
     progress(f"{name} is saved: {size / (1 << 20):.1f} MiB")
+
+
+def _is_as_started(scope: Scope, guest: Guest) -> bool:
+    """Whether its devices are those of its start, and where they were then."""
+    for process in running(scope).get(guest.key, ()):
+        started = process.resource
+        assert isinstance(started, Guest)
+        seen = look_at_all(scope, [process]).get(guest.name)
+        if seen is None:
+            return False
+        nics = [(nic.hardware, started.port_of(i)) for i, nic in enumerate(started.nics)]
+        ports = started.disk_ports()
+        disks = [
+            (disk.name, disk.bus, ports.get(f"disk-{disk.name}", ""))
+            for disk in started.disks
+            if disk.name != IMAGE
+        ]
+        if [(p.nic.hardware, p.port) for p in seen.nics] != nics:
+            return False
+        if [(p.disk.name, p.disk.bus, p.port) for p in seen.disks] != disks:
+            return False
+    return True
 
 
 def _write(scope: Scope, guest: Guest, fd: int) -> None:

@@ -62,6 +62,8 @@ def test_a_guest_changes_while_it_runs(machine: Machine) -> None:
         change(lab, with_second('network = "three", model = "e1000"'))
         assert lab.sh("vm1", "basename $(readlink /sys/class/net/eth1/device/driver)") == "e1000"
         lab.sh("vm1", "ping -c 1 -W 5 10.3.0.1")
+        refused = lab.machine.netorch("save", "vm1", status=2).stderr
+        assert "its NICs or disks were changed while it ran" in refused
 
         assert "remove NIC" in change(lab, TEXT)
         assert lab.sh("vm1", "ls -d /sys/class/net/eth*") == "/sys/class/net/eth0"
