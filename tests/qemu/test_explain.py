@@ -217,7 +217,7 @@ def leases(scope: Scope) -> Path:
 
 
 DEFAULT = "ip route add default via 192.168.122.1"
-READDRESS = ("ip addr add 192.168.122.6/24 dev eth0", DEFAULT)
+READDRESS = ("ip addr replace 192.168.122.6/24 dev eth0", DEFAULT)
 
 # What is broken, how it is mended, from where to where it is felt, and the hop to be named.
 BREAKINGS: dict[str, tuple[Change, Change, str, str, str]] = {

@@ -191,18 +191,18 @@ def test_a_guest_that_has_lost_its_passt_is_seen_and_made_again(tmp_path: Path) 
         guests.create([wanted], nothing)
         assert list(guests.observe()) == [wanted]
         found = leaders(marked(scope))
-        (passt,) = found["passt:vm1:1"]
+        (passt,) = found[f"passt:vm1:{nics[1].mac}"]
         pidfd = os.pidfd_open(passt.pid)
         os.kill(passt.pid, signal.SIGKILL)
         assert wait_exit(pidfd, SECONDS)
         os.close(pidfd)
         (seen,) = guests.observe()
-        assert [nic.backend for nic in seen.nics] == ["user", "none"]
+        assert [nic.attached for nic in seen.nics] == [True, False]
         guests.delete([seen], nothing)
         guests.create([wanted], nothing)
         assert list(guests.observe()) == [wanted]
         (qemu,) = leaders(marked(scope))[wanted.key]
-        (passt,) = leaders(marked(scope))["passt:vm1:1"]
+        (passt,) = leaders(marked(scope))[f"passt:vm1:{nics[1].mac}"]
         pidfd = os.pidfd_open(passt.pid)
         os.kill(qemu.pid, signal.SIGKILL)
         assert wait_exit(pidfd, SECONDS), "passt goes with its QEMU"

@@ -18,6 +18,7 @@ What the golden files of tests/pure/golden render, and where it runs for real:
       qcow2, raw               test_disks.test_guests_write_to_overlays_and_never_to_the_image
       vnc                      test_nodes.test_console_and_screen
       vnc-socket               test_access
+      network, uefi, ...       test_boot
     mistakes/*               never reach a machine
 
 Modes: nat, bridge in test_packets; isolated, route, open, no DHCP, no DNS, no address, STP here;
@@ -29,7 +30,7 @@ import subprocess
 from pathlib import Path
 
 from netorch.system.tiny import tiny_image
-from tests.guest_shapes import SHAPES
+from tests.guest_shapes import BOOTS, SHAPES
 from tests.isolation import ip, ip_json
 from tests.qemu.labs.lab import TOPOLOGIES, Machine, wait_for
 from tests.qemu.labs.server import PORT
@@ -236,11 +237,17 @@ def test_taps_for_a_machine_that_something_else_starts(machine: Machine) -> None
 
 def test_golden_files_are_all_exercised(machine: Machine) -> None:
     assert {path.name for path in GOLDEN.iterdir()} == {"disks", "guests", "mistakes", "states"}
-    assert {path.stem for path in (GOLDEN / "guests").iterdir()} == set(SHAPES)
-    sources = [path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert {path.stem for path in (GOLDEN / "guests").iterdir()} == {*SHAPES, *BOOTS}
+    tests = Path(__file__).parents[1]
+    pages = (tests.parents[1] / "docs").glob("*.md")  # which tests/qemu/test_docs.py runs
+    sources = [path.read_text() for path in (*tests.rglob("test_*.py"), *pages)]
     for kind in (GOLDEN / "states", TOPOLOGIES):
         for path in kind.iterdir():
-            used = (f'machine.shipped("{path.stem}")', f'load(TOPOLOGIES / "{path.stem}.toml")')
+            used = (
+                f'machine.shipped("{path.stem}")',
+                f'load(TOPOLOGIES / "{path.stem}.toml")',
+                f"$ netorch apply topologies/{path.stem}.toml",
+            )
             assert any(use in source for source in sources for use in used), path
 
 
