@@ -111,6 +111,8 @@ class Disks:
                 with contextlib.suppress(FileNotFoundError):
                     path.rename(_aside(path))
             _unfinished(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something of the guest's is still there
+                path.parent.rmdir()
             done(resource)
 
     def _is_aside(self, resource: Resource) -> bool:

@@ -164,5 +164,7 @@ def test_own_disks_are_seen_as_they_are_made(scope: Scope, tmp_path: Path) -> No
     half = Volume(guest="vm.1", disk="half", size=1 << 20)
     for _again in range(2):
         adapter.delete([overlay, larger, half], done.append)
+        assert list(adapter.observe()) == []
+        disks.forget_removed(scope)
         assert not list(scope.disks.iterdir())
     assert base.read_bytes() == bytes(1 << 20)
