@@ -4,6 +4,9 @@ The watcher stays outside of the lab's place, which would live on for as long as
 there; what has to be done inside is done by a child. It waits for pidfds and inotify, and looks at
 everything anew whenever something has changed: so guests of a later apply are watched as well.
 
+Who has ended while nobody was looking (before this began, or while another guest was started) gave
+no event, but left the keeper's note: notes that were not told yet are told as well.
+
 What a teardown or another command ends while it holds the lab's lock is no failure: the watcher
 waits for the lock before it judges.
 """
@@ -26,14 +29,17 @@ _STARTS = 5
 _WITHIN = 60.0
 _NOTE_SECONDS = 2.0  # for the keeper to note how a guest ended
 
+_NEWS = ("record.json", "guests", "process", "ended")  # files whose change is worth a look
+
 Say = Callable[[str], None]
 
 
 def watch(lab: Lab, say: Say, progress: Progress) -> None:
     """Watch until the lab is gone."""
     starts: dict[str, list[float]] = {}
+    told: dict[str, int] = {}
     while rundir.settled(lab.run):
-        failed = _wait(lab, say)
+        failed = _wait(lab, told, say)
         for name in failed:
             recent = [at for at in starts.get(name, ()) if time.monotonic() - at < _WITHIN]
             if len(recent) >= _STARTS:
@@ -44,8 +50,10 @@ def watch(lab: Lab, say: Say, progress: Progress) -> None:
     say(f"lab {lab.name} is gone")
 
 
-def _wait(lab: Lab, say: Say) -> Sequence[str]:
-    """Wait until processes end or others come; the guests that are to be started again."""
+def _wait(lab: Lab, told: dict[str, int], say: Say) -> Sequence[str]:
+    """Wait until processes end or others come; the guests that are to be started again. `told` has
+    the notes that were told, by guest.
+    """
     with Watch() as events:
         processes = leaders(marked(lab.scope))
         for directory in (lab.run, lab.run / "guests", *lab.run.glob("guests/*")):
@@ -54,15 +62,20 @@ def _wait(lab: Lab, say: Say) -> Sequence[str]:
         for key, group in processes.items():
             for process in group:
                 events.process(process, key)
+        missed = {f"guest:{n}" for n in endings(lab.scope) if told.get(n) != _note(lab, n)}
+        if missed:
+            return _judge(lab, missed, told, say, events)
         while True:
             changed, ended = events.wait(3600.0)
             if ended:
-                return _judge(lab, ended, say, events)
-            if any(path.name in ("record.json", "process", "guests") for path in changed):
+                return _judge(lab, ended, told, say, events)
+            if any(path.name in _NEWS for path in changed):
                 return ()
 
 
-def _judge(lab: Lab, ended: set[str], say: Say, events: Watch) -> Sequence[str]:
+def _judge(
+    lab: Lab, ended: set[str], told: dict[str, int], say: Say, events: Watch
+) -> Sequence[str]:
     if not rundir.settled(lab.run) or (record := rundir.recorded(lab.run)) is None:
         return ()
     gone = ended - leaders(marked(lab.scope)).keys()
@@ -77,6 +90,7 @@ def _judge(lab: Lab, ended: set[str], say: Say, events: Watch) -> Sequence[str]:
         if ending is None:
             say(f"{name} was stopped")
             continue
+        told[name] = _note(lab, name)
         say(f"{name}: {ending.describe()}")
         policy = guests[name].restart if name in guests else "no"
         if policy == "always" or (policy == "on-failure" and ending.failed):
@@ -93,6 +107,14 @@ def _ending(lab: Lab, name: str, events: Watch) -> Ending | None:
             return endings(lab.scope).get(name)
         events.wait(left)
     return found
+
+
+def _note(lab: Lab, name: str) -> int:
+    """What tells the keeper's note about a guest from an earlier one: 0 where there is none."""
+    try:
+        return (lab.run / "guests" / name / "ended").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _start(lab: Lab, name: str, say: Say, progress: Progress) -> None:

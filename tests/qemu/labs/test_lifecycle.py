@@ -5,9 +5,10 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from typing import Any
 
-from tests.qemu.labs.lab import Lab, Machine
+from tests.qemu.labs.lab import SECONDS, Lab, Machine
 from tests.qemu.labs.test_guest_process import qemu
 
 LAB = """
@@ -96,9 +97,14 @@ def _in_order(said: list[str], *wanted: str) -> None:
 
 def _hear(process: subprocess.Popen[str], text: str) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        if text in line:
-            return
+    late = threading.Timer(SECONDS, process.kill)
+    late.start()
+    try:
+        for line in process.stdout:
+            if text in line:
+                return
+    finally:
+        late.cancel()
     raise AssertionError(f"it ended without a word of {text!r}")
 
 
