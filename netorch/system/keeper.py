@@ -138,10 +138,11 @@ def bound(log: str) -> None:
             if size <= _LIMIT:
                 return
             file.seek(size - _LIMIT // 2)
-            tail = file.read()
-            file.truncate(0)
-            with open(log, "ab", buffering=0) as end:
-                end.write(b"[netorch cut this log here]\n" + tail.partition(b"\n")[2])
+            kept = b"[netorch cut this log here]\n" + file.read().partition(b"\n")[2]
+            file.seek(0)
+            file.write(kept)
+            file.flush()
+            file.truncate(len(kept))  # what was written since the reading goes
     except FileNotFoundError:
         return  # deleted meanwhile
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # dnsmasq 2.90, src/rfc2131.c, log_packet(): TYPE(interface) [address] mac ...
 _PACKET = re.compile(r"(DHCP[A-Z]+)\([^)]*\) (?:[\d.]+ )?([0-9a-f]{2}(?::[0-9a-f]{2}){5})")
+_CONSOLE_SECONDS = 3.0
+_TAIL = 1 << 16  # bytes of a console's log
 _STARTED = re.compile(r"netorch: (\S+) starts")
 
 
@@ -57,6 +59,7 @@ class _Wanted(NamedTuple):
     links: tuple[str, ...]  # the lab's end of the node's cable, and the bridge that it is in
     one_is_enough: bool = False  # of the node's leases
     settled: Path | None = None  # what a host's udhcpc.sh writes once the address is in place
+    console: Path | None = None  # where tiny says so
 
 
 def parse(text: str, network: str) -> list[Lease]:
@@ -129,7 +132,10 @@ def _wanted(scope: Scope, desired: State) -> Iterator[_Wanted]:
                 # cloud-init is told to.
                 one = guest.image != "tiny" and not guest.boot.seed
                 links = (tap.name, tap.bridge)
-                yield _Wanted(guest.name, guest.key, tap.network, nic.mac, links, one)
+                console = None if one else scope.run / "guests" / guest.name / "serial.log"
+                yield _Wanted(
+                    guest.name, guest.key, tap.network, nic.mac, links, one, console=console
+                )
     for client in desired.of(DhcpClient):
         veth = desired.get(client.needs[0])
         if isinstance(veth, Veth) and f"dnsmasq:{veth.network}" in desired:
@@ -200,9 +206,10 @@ class _Wait:
         self._logs = {n: _Log(scope.run / f"dnsmasq-{n}.log", macs) for n in networks}
         self._asking: set[_Wanted] = set()
         self._found: dict[_Wanted, Lease] = {}
+        self._patience: dict[_Wanted, float] = {}  # until when a console is given time
 
     def until(self, deadline: float, watch: "Watch") -> list[Lease]:
-        settled = {one.settled.parent for one in self._late if one.settled}
+        settled = {p.parent for one in self._late for p in (one.settled, one.console) if p}
         for directory in (self._scope.run, *settled):
             if directory.is_dir():
                 watch.directory(directory)
@@ -214,14 +221,15 @@ class _Wait:
             self._watch_late(watch)
         while self._late:
             left = deadline - time.monotonic()
-            changed, ended = watch.wait(left) if left > 0 else (set(), set())
+            pause = min(left, _CONSOLE_SECONDS) if self._patience else left
+            changed, ended = watch.wait(pause) if left > 0 else (set(), set())
             if gone := self._watch_again(ended, watch):
                 raise self._ended(gone)
             if left <= 0:
                 self._look()
             if left <= 0 and self._late:
                 raise self._too_late()
-            if changed:
+            if changed or self._patience:
                 self._look()
         return list(self._found.values())
 
@@ -259,13 +267,25 @@ class _Wait:
                 self._asking.add(one)
                 self._progress(f"{one.node} asks for an address on {one.network}")
             fresh = step == "DHCPACK" or not started
-            if lease and fresh and (one.settled is None or one.settled.exists()):
+            if lease and fresh and self._has_settled(one, lease, started):
                 self._late.remove(one)
+                self._patience.pop(one, None)
                 self._found[one] = lease
                 if one.one_is_enough:
                     self._late = [other for other in self._late if other.key != one.key]
                 if started:
                     self._progress(f"{one.node} has {lease.address}")
+
+    def _has_settled(self, one: _Wanted, lease: Lease, started: bool) -> bool:
+        """Whether the node has its address in place. dnsmasq's lease is a moment older; a tiny
+        whose console says nothing for a while is taken at the lease's word.
+        """
+        if one.settled is not None:
+            return one.settled.exists()
+        if one.console is None or not started or f" {lease.address}/" in _tail(one.console):
+            return True
+        until = self._patience.setdefault(one, time.monotonic() + _CONSOLE_SECONDS)
+        return time.monotonic() >= until
 
     def _ended(self, keys: Iterable[str]) -> ReadyError:
         from netorch.system.late import log_end
@@ -298,3 +318,13 @@ class _Wait:
                 reason = host_reason(one.links, step)
             lines.append(f"{one.node} has no lease of network {one.network} yet: {reason}")
         return ReadyError("\n".join(lines), "the lab is up: `netorch status` shows the leases")
+
+
+def _tail(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""

@@ -268,7 +268,6 @@ as_dhcp() {
                 ip route replace default via "$gateway" dev "$interface" metric $((100 + index))
                 break
             done
-            [ "$1 $old" = "renew $ip/$mask" ] || say "$interface $ip/$mask${router:+ gw ${router%% *}}"
             echo "$ip/$mask" > "/run/lease.$interface"
             {
                 [ -z "$domain" ] || echo "search $domain"
@@ -278,6 +277,8 @@ as_dhcp() {
             } > "/run/resolv.$interface"
             write_resolv
             [ -z "$hostname" ] || echo "$hostname" > /proc/sys/kernel/hostname
+            # Last: netorch takes this line for the sign that all is in place.
+            [ "$1 $old" = "renew $ip/$mask" ] || say "$interface $ip/$mask${router:+ gw ${router%% *}}"
             ;;
     esac
 }
