@@ -304,7 +304,7 @@ def _apply_here(
     known = EMPTY if fresh else adapters.observe(look)
 
     def before(step: Sequence[Action], plan: Plan) -> None:
-        if topology.guests and not topology.lab.overcommit:
+        if step is plan.steps[0] and topology.guests and not topology.lab.overcommit:
             from netorch.system.memory import refuse_too_much
 
             refuse_too_much(plan)
