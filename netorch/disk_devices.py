@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from netorch.nic_devices import SPEC
+from netorch.nic_devices import SPEC, carrier
 from netorch.resources import GuestDisk
 
 IMAGE = "image"  # the disk that a guest boots from; it can't come and go
@@ -71,11 +71,7 @@ def device_id(name: str) -> str:
 
 def spec(plugged: PluggedDisk) -> dict[str, object]:
     """The object that says what the disk was made from; see `said`."""
-    return {
-        "qom-type": "authz-simple",
-        "id": device_id(plugged.disk.name) + SPEC,
-        "identity": msgspec.json.encode(plugged).decode(),
-    }
+    return carrier(device_id(plugged.disk.name), plugged)
 
 
 def said(name: str, identity: str) -> PluggedDisk:

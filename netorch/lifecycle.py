@@ -19,8 +19,6 @@ from netorch.system.places import enter
 from netorch.system.readiness import Readiness
 from netorch.system.scope import current_place
 
-SECONDS = 30.0  # for a guest to switch itself off
-
 
 def find(lab: str | None, guests: Sequence[str]) -> Lab:
     """The lab that has all these guests. Raises UsageError."""

@@ -113,10 +113,15 @@ def device(nic: GuestNic, port: str = "") -> dict[str, object]:
 
 def spec(plugged: Plugged) -> dict[str, object]:
     """The object that says what the NIC was made from; see `said`."""
+    return carrier(device_id(plugged.nic.mac), plugged)
+
+
+def carrier(device: str, carried: msgspec.Struct) -> dict[str, object]:
+    """The object beside a device that carries a value as JSON, without any effect."""
     return {
         "qom-type": "authz-simple",
-        "id": device_id(plugged.nic.mac) + SPEC,
-        "identity": msgspec.json.encode(plugged).decode(),
+        "id": device + SPEC,
+        "identity": msgspec.json.encode(carried).decode(),
     }
 
 

@@ -26,6 +26,7 @@ from netorch.resources import Guest, GuestNic, Resource
 from netorch.system.back_ends import open_ends
 from netorch.system.disk_changes import DiskChanges
 from netorch.system.guest_devices import look, reach
+from netorch.system.guest_processes import collected
 from netorch.system.hotplug import RESUME, FreePorts, ask_to_let_go, await_gone, resume
 from netorch.system.namespaces import wait_exit
 from netorch.system.processes import Marked
@@ -192,7 +193,7 @@ def change(
     with contextlib.ExitStack() as opened:
         guests: list[Running] = []
         for guest, process in wanted:
-            with _collected(errors):
+            with collected(errors):
                 guests.append(Running(scope, guest, process))
                 opened.callback(guests[-1].qmp.close)
         for stage in (Running.resume, Running.ask_to_let_go, Running.unplug, Running.plug):
@@ -223,7 +224,7 @@ def _passed(
 ) -> Iterator[Running]:
     """Those that came through a stage."""
     for running in guests:
-        with _collected(errors):
+        with collected(errors):
             stage(running)
             yield running
 
@@ -239,12 +240,3 @@ def _pause(guests: Sequence[Running]) -> None:
 
 def _queue_name(mac: str, queue: int) -> str:
     return f"{netdev_id(mac)}.{queue}"
-
-
-@contextlib.contextmanager
-def _collected(errors: list[NetorchError]) -> Iterator[None]:
-    """Remember an error and go on: guests that change side by side don't fail for each other."""
-    try:
-        yield
-    except NetorchError as error:
-        errors.append(error)

@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from netorch.errors import NetorchError
 from netorch.system.namespaces import wait_exit
 from netorch.system.processes import Marked, end, leaders, marked
 from netorch.system.scope import Scope
@@ -21,6 +22,24 @@ def running(scope: Scope) -> dict[str, list[Marked]]:
     """The lab's QEMU processes by key."""
     found = leaders(marked(scope))
     return {key: processes for key, processes in found.items() if key.startswith("guest:")}
+
+
+@contextlib.contextmanager
+def collected(errors: list[NetorchError]) -> Iterator[None]:
+    """Remember an error and go on: guests that are handled side by side don't fail for each
+    other.
+    """
+    try:
+        yield
+    except NetorchError as error:
+        errors.append(error)
+
+
+def end_is_meant(scope: Scope, guest: str) -> None:
+    """Leave the keeper nothing to note about a guest: it is about to be ended by its person's
+    will, which is no failure.
+    """
+    (directory_of(scope, guest) / "process").unlink(missing_ok=True)
 
 
 def end_guests(scope: Scope, processes: Sequence[Marked]) -> None:

@@ -41,7 +41,14 @@ from netorch.system.disk_snapshots import writable_disks
 from netorch.system.disks import open_disk
 from netorch.system.guest_changes import change, must_start_again, set_links
 from netorch.system.guest_devices import look_at_all
-from netorch.system.guest_processes import UNREACHABLE, directory_of, end_guests, running
+from netorch.system.guest_processes import (
+    UNREACHABLE,
+    collected,
+    directory_of,
+    end_guests,
+    end_is_meant,
+    running,
+)
 from netorch.system.processes import end, leaders, marked
 from netorch.system.qemu_devices import lacking, qemu_devices
 from netorch.system.qmp import Qmp, QmpError, listen
@@ -146,8 +153,7 @@ class Guests:
                 if nic.wire:
                     wire_path(self._scope, nic).unlink(missing_ok=True)
             directory = directory_of(self._scope, guest.name)
-            # First: from here on the keeper has nothing to write there.
-            (directory / "process").unlink(missing_ok=True)
+            end_is_meant(self._scope, guest.name)  # first: the keeper then writes nothing there
             if directory.exists():
                 shutil.rmtree(directory)
             done(guest)
@@ -193,7 +199,7 @@ class Guests:
         with contextlib.ExitStack() as opened:
             prepared = []
             for guest in guests:
-                with _collected(errors):
+                with collected(errors):
                     is_saved = guest.name in states
                     source = None if cold or is_saved else warm.template_for(qemu, guest)
                     start = self._prepare(qemu, guest, is_saved, source, opened)
@@ -210,7 +216,7 @@ class Guests:
             self._end(refused)
             self._create(refused, done, errors, cold=True)
         for process in loaded:
-            with _collected(errors), process.qmp, contextlib.closing(process.child):
+            with collected(errors), process.qmp, contextlib.closing(process.child):
                 if process.saved and errors:
                     continue  # all will be undone, and its state is good for another start
                 if process.template is None:
@@ -237,7 +243,7 @@ class Guests:
         for step in (self._greet, self._finish_loading):
             for process in list(loaded):
                 loaded.remove(process)
-                with _collected(errors):
+                with collected(errors):
                     try:
                         with _explained(process):
                             step(process)
@@ -358,12 +364,3 @@ def _batches(guests: Sequence[Guest]) -> Iterator[list[Guest]]:
         left -= needed
     if batch:
         yield batch
-
-
-@contextlib.contextmanager
-def _collected(errors: list[NetorchError]) -> Iterator[None]:
-    """Remember an error and go on: guests that start side by side don't fail for each other."""
-    try:
-        yield
-    except NetorchError as error:
-        errors.append(error)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from netorch.errors import UsageError
 from netorch.system import saved
-from netorch.system.guest_processes import directory_of, end_guests, running
+from netorch.system.guest_processes import directory_of, end_guests, end_is_meant, running
 from netorch.system.qmp import Qmp, QmpError
 from netorch.system.scope import Scope
 from netorch.system.watch import Watch
@@ -34,8 +34,7 @@ def stop(
             for key in ended & left.keys():
                 progress(f"{left.pop(key)} is off after {time.monotonic() - began:.1f} s")
     for name in left.values():
-        # What is ended by its person's will hasn't failed: the keeper has nothing to note.
-        (directory_of(scope, name) / "process").unlink(missing_ok=True)
+        end_is_meant(scope, name)
     end_guests(scope, [process for key in left for process in found[key]])
     for name in left.values():
         late = f": it did not switch itself off within {seconds:.0f} s" if seconds > 0 else ""

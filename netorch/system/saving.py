@@ -26,7 +26,7 @@ from netorch.errors import NetorchError, UsageError
 from netorch.resources import Guest
 from netorch.system import saved
 from netorch.system.guest_devices import look_at_all
-from netorch.system.guest_processes import directory_of, end_guests, running
+from netorch.system.guest_processes import end_guests, end_is_meant, running
 from netorch.system.incoming import hand_over, wait_migrated
 from netorch.system.power import session
 from netorch.system.qmp import Qmp, QmpError
@@ -63,8 +63,7 @@ def save(scope: Scope, guest: Guest, progress: Callable[[str], None]) -> None:
             raise NetorchError(f"failed to save guest {name}: {error}", "it runs on") from error
         raise
     _sync(file.parent)
-    # What is ended by its person's will hasn't failed: the keeper has nothing to note.
-    (directory_of(scope, name) / "process").unlink(missing_ok=True)
+    end_is_meant(scope, name)
     end_guests(scope, running(scope).get(guest.key, ()))
     progress(f"{name} is saved: {size / (1 << 20):.1f} MiB")
 
