@@ -31,6 +31,7 @@ from netorch.topology import parse
 from netorch.verify import verify
 from tests.isolation import inside, ip, require_tun
 from tests.kernel.machine import run_forked
+from tests.qemu.labs.lab import wait_for
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which(program), reason=f"{program} is not installed")
@@ -216,7 +217,17 @@ def leases(scope: Scope) -> Path:
     return scope.run / "dnsmasq-default.leases"
 
 
-DEFAULT = "ip route add default via 192.168.122.1"
+def link_on_again(scope: Scope, desired: State) -> None:
+    """vm1 then asks for its address and its default route anew, which the next test must not meet."""
+    console = scope.run / "guests" / "vm1" / "serial.log"
+    told = console.read_text(errors="replace").count(TOLD)
+    qmp("vm1", "set_link", up=True)(scope, desired)
+    wait_for(console, lambda text: text.count(TOLD) > told)
+
+
+TOLD = "netorch-tiny: eth0 192.168.122.6/24"
+# The route as its DHCP client makes it, so that there is never a second one.
+DEFAULT = "ip route replace default via 192.168.122.1 dev eth0 metric 102"
 READDRESS = ("ip addr replace 192.168.122.6/24 dev eth0", DEFAULT)
 
 # What is broken, how it is mended, from where to where it is felt, and the hop to be named.
@@ -229,7 +240,7 @@ BREAKINGS: dict[str, tuple[Change, Change, str, str, str]] = {
     ),
     "QEMU's link off": (
         qmp("vm1", "set_link", up=False),
-        qmp("vm1", "set_link", up=True),
+        link_on_again,
         *("vm1", "server", "NIC eth0 of vm1"),
     ),
     "guest's NIC down": (
