@@ -218,7 +218,7 @@ def leases(scope: Scope) -> Path:
 
 
 def link_on_again(scope: Scope, desired: State) -> None:
-    """vm1 then asks for its address and its default route anew, which the next test must not meet."""
+    """vm1 then asks for its address and route anew, which the next test must not meet."""
     console = scope.run / "guests" / "vm1" / "serial.log"
     told = console.read_text(errors="replace").count(TOLD)
     qmp("vm1", "set_link", up=True)(scope, desired)
