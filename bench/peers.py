@@ -158,6 +158,8 @@ def one_guest() -> dict[str, Turn]:
 def _libvirt_network(directory: Path, clock: Clock) -> None:
     _libvirtd()
     _define(directory, "net-define", _TUNED)
+    for verb in ("net-start", "net-destroy"):  # what it does once in a life, as making its chains
+        _quietly(["virsh", verb, "default"])
     clock.run("up", ["virsh", "net-start", "default"])
     clock.run("down", ["virsh", "net-destroy", "default"])
 
