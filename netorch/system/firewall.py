@@ -25,7 +25,10 @@ from netorch.system.scope import Scope
 _SEAL = r"\n?\tchain sealed_([0-9a-f]+) \{\n\t\}\n"
 _COMMENT = r'(?m)^\tcomment "([0-9a-f]+)"$'
 _TABLE = r"(?ms)^table (ip|inet|bridge) (\S+) \{\n(.*?)^\}"
-_FORWARD = r"(?m)^\tchain (\S+) \{\n(?:\t\tcomment .*\n)?\t\ttype filter hook forward [^;]*; policy (\w+);$"
+_FORWARD = (
+    r"(?m)^\tchain (\S+) \{\n(?:\t\tcomment .*\n)?"
+    + r"\t\ttype filter hook forward [^;]*; policy (\w+);$"
+)
 _REFUSAL = r"(counter )?(drop|reject( with [a-z0-9 -]*)?)( comment .*)?"
 
 
