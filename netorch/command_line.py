@@ -60,7 +60,9 @@ def near(word: str, known: Iterable[str]) -> str:
     """A question about what may be meant, or nothing."""
     import difflib  # costs 8 ms
 
-    close = difflib.get_close_matches(word, list(known))
+    names = list(known)
+    close = [name for name in names if name.startswith(word)]
+    close = close or difflib.get_close_matches(word, names)
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
@@ -85,7 +87,8 @@ def _parted(parser: _Parser, command: Command, words: Iterable[str]) -> tuple[li
     options: list[str] = []
     positionals: list[str] = []
     arguments = (*command.arguments, _HELP)
-    takes_value = {name: "action" not in how for names, how in arguments for name in names}
+    named = ((name, how) for names, how in arguments for name in names if name[0] == "-")
+    takes_value = {name: "action" not in how for name, how in named}
     left = iter(words)
     for word in left:
         name, equals, _ = word.partition("=")
