@@ -88,11 +88,17 @@ def _fixture(job: Figures) -> Iterator[Goal]:
 
 
 def _growth(job: Figures) -> Iterator[Goal]:
+    sizes = {int(name): figures for name, figures in job.items() if name.isdigit()}
     for label in job["10"]:
-        time = exponent([(float(n), of[label].ms) for n, of in job.items()])
+        time = exponent([(n, of[label].ms) for n, of in sizes.items()])
         yield Goal(f"J exponent of time, {label}", time, 1.1)
-        memory = exponent([(float(n), of[label].mib) for n, of in job.items()])
+        memory = exponent([(n, of[label].mib) for n, of in sizes.items()])
         yield Goal(f"J exponent of memory, {label}", memory, 1.1)
+    script = job["script, 1000"]
+    for label in ("up", "down"):
+        rest = job["1000"][label].ms - job["1000"]["check"].ms
+        what = f"J {label}: 1,000 networks after start-up / script"
+        yield Goal(what, rest / script[label].ms, 1.5)
 
 
 def table(found: Mapping[str, Figures]) -> list[str]:

@@ -252,7 +252,9 @@ def _networks(tools: Tools) -> Job:
 
         return turn
 
-    return Job("J", "networks in one lab", 3, {str(n): of(n) for n in (10, 100, 1000)})
+    contenders = {str(n): of(n) for n in (10, 100, 1000)}
+    contenders["script, 1000"] = _script(lambda d: labs.write_switches_script(d, 1000, 1))
+    return Job("J", "networks in one lab", 3, contenders, {"1000": 2, "script, 1000": 2})
 
 
 def _traffic(tools: Tools) -> Job:
