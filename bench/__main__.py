@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import peers
+from bench import goals, peers
 from bench.jobs import Job, Tools, all_jobs
-from bench.turns import Figure, exponent, measure
+from bench.turns import Figure, measure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -151,11 +151,9 @@ def _table(
             for name, of in figures.items():
                 if label in of:
                     lines.append(_row(job, label, name, of[label], _base(figures, label)))
-    if "J" in found:
-        lines += ["", "Growth over 10, 100 and 1,000 networks (exponent; 1 is linear):", ""]
-        for label in found["J"]["10"]:
-            points = [(float(n), of[label].ms) for n, of in found["J"].items()]
-            lines.append(f"- {label}: {exponent(points):.2f}")
+    if goals.goals(found):
+        lines += ["", "The goals, as ratios where no unit is given:", ""]
+        lines += goals.table(found)
     return "\n".join(lines) + "\n"
 
 
