@@ -15,12 +15,11 @@ HEAVY = (
     "qemu",
     "asyncio",
     "rich",
-    "subprocess",
-    "dataclasses",
-    "inspect",
     "locale",
     "shutil",
+    "subprocess",
 )
+NOT_TO_SAY_THE_VERSION = ("argparse", "dataclasses", "inspect")
 
 SCRIPT = """
 import json, sys
@@ -48,7 +47,9 @@ def test_a_command_that_touches_no_machine_imports_nothing_for_it(argv: list[str
     loaded = json.loads(done.stdout.splitlines()[-1])
     for name in HEAVY:
         assert name not in loaded
-    assert ("argparse" in loaded) == (argv != ["--version"])
+    if argv == ["--version"]:
+        for name in NOT_TO_SAY_THE_VERSION:
+            assert name not in loaded
 
 
 def test_a_lab_without_guests_imports_nothing_about_them() -> None:
