@@ -18,9 +18,6 @@ from typing import Any, NoReturn
 from netorch.cli_options import Command, argument
 from netorch.errors import UsageError
 
-# English, as all of our messages: to find no translation, gettext would import locale, 1.5 ms.
-argparse._ = str  # type: ignore[attr-defined]
-
 _HELP = argument("-h", "--help", action="help", help="Show this message and exit.")
 
 

@@ -15,7 +15,6 @@ HEAVY = (
     "qemu",
     "asyncio",
     "rich",
-    "locale",
     "shutil",
     "subprocess",
 )
