@@ -57,6 +57,12 @@ class InHalves(Protocol):
         """Begin what of this step is this adapter's; its `create` and `delete` wait for the end."""
         ...
 
+    def finish(self) -> None:
+        """Wait for what has begun and was not waited for, since the step failed before: a process
+        that only starts or is about to end would be mistaken for one that runs.
+        """
+        ...
+
 
 class System:
     """All adapters as one; dispatches by the class of the resource."""
@@ -90,28 +96,38 @@ class System:
         several.
         """
         actions = {action.key: action for action in step}
-
-        def finished(resource: Resource) -> None:
-            done(actions[resource.key])
-
         groups = self._grouped(action.resource for action in step)
         if any(isinstance(action, Delete) for action in step):
             groups.reverse()
             groups.sort(key=lambda group: isinstance(group[0], InHalves))
-        for adapter, resources in groups:
-            if isinstance(adapter, InHalves):
-                adapter.begin([actions[resource.key] for resource in resources])
-        for adapter, resources in groups:
-            chosen = [actions[resource.key] for resource in resources]
-            creates = [action.new for action in chosen if isinstance(action, Create)]
-            updates = [action for action in chosen if isinstance(action, Update)]
-            deletes = [action.old for action in chosen if isinstance(action, Delete)]
-            if deletes:
-                adapter.delete(deletes, finished)
-            if creates:
-                adapter.create(creates, finished)
-            if updates:
-                adapter.update(updates, finished)
+        halves = [adapter for adapter, _ in groups if isinstance(adapter, InHalves)]
+        try:
+            for adapter, resources in groups:
+                if isinstance(adapter, InHalves):
+                    adapter.begin([actions[resource.key] for resource in resources])
+            for adapter, resources in groups:
+                self._carry_out(adapter, [actions[resource.key] for resource in resources], done)
+        finally:
+            for adapter in halves:
+                adapter.finish()
+
+    def _carry_out(
+        self, adapter: Adapter, chosen: Sequence[Action], done: Callable[[Action], None]
+    ) -> None:
+        actions = {action.key: action for action in chosen}
+
+        def finished(resource: Resource) -> None:
+            done(actions[resource.key])
+
+        creates = [action.new for action in chosen if isinstance(action, Create)]
+        updates = [action for action in chosen if isinstance(action, Update)]
+        deletes = [action.old for action in chosen if isinstance(action, Delete)]
+        if deletes:
+            adapter.delete(deletes, finished)
+        if creates:
+            adapter.create(creates, finished)
+        if updates:
+            adapter.update(updates, finished)
 
     def _grouped(self, resources: Iterable[Resource]) -> list[tuple[Adapter, list[Resource]]]:
         groups: dict[int, tuple[Adapter, list[Resource]]] = {}

@@ -73,6 +73,10 @@ class PromisedInHalves(Promised):
         assert isinstance(self._adapter, InHalves)
         self._adapter.begin(step)
 
+    def finish(self) -> None:
+        assert isinstance(self._adapter, InHalves)
+        self._adapter.finish()
+
 
 def adapters(
     scope: Scope, report: Say, warn: Say, only: Set[type[Resource]] | None

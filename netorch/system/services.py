@@ -50,7 +50,9 @@ class Dnsmasqs:
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._started: dict[str, Child] = {}  # by `begin`, until `create` has waited for them
+        # Until somebody has waited for them:
+        self._started: dict[str, Child] = {}
+        self._told: list[Marked] = []  # to end
 
     def observe(self, look: Look | None = None) -> Iterable[Dnsmasq]:
         for processes in (look or Look(self._scope)).processes.values():
@@ -81,22 +83,35 @@ class Dnsmasqs:
             if isinstance(action, Create):
                 self._started[action.key] = self._start(action.new)
         if doomed := {action.key for action in step if isinstance(action, Delete)}:
-            tell_to_end(self._scope, self._running(doomed))
+            self._told = self._running(doomed)
+            tell_to_end(self._scope, self._told)
+
+    def finish(self) -> None:
+        """See `netorch.system.InHalves`."""
+        while self._started:
+            _key, child = self._started.popitem()
+            child.exit_status()
+            child.close()
+        end(self._scope, self._told)
+        self._told = []
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         for resource in wanted:
             if resource.key not in self._started:
                 self._started[resource.key] = self._start(resource)
-        started = [(resource, self._started.pop(resource.key)) for resource in wanted]
         errors: list[NetorchError] = []
-        for resource, child in started:
+        for resource in wanted:
             assert isinstance(resource, Dnsmasq)
-            if child.exit_status() == 0:
+            child = self._started[resource.key]
+            status = child.exit_status()
+            del self._started[resource.key]
+            if status == 0:
                 self._path(resource, "pending").unlink(missing_ok=True)
-                done(resource)
             else:
                 errors.append(_refusal(resource, child))
             child.close()
+            if status == 0:
+                done(resource)
         if errors:
             raise errors[0]
 
@@ -140,6 +155,7 @@ class Dnsmasqs:
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         end(self._scope, self._running({old.key for old in unwanted}))
+        self._told = []
         for old in unwanted:
             assert isinstance(old, Dnsmasq)
             for part in (*_PARTS, "pending", "log"):

@@ -2,22 +2,25 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
 
 from netorch.errors import NetorchError, ReadyError
 from netorch.networks import Reservation, Segment, dhcp_hosts, dnsmasq_config
-from netorch.planner import Update
-from netorch.resources import DhcpClient, Dnsmasq, Resource, Veth
+from netorch.planner import Create, Delete, Update
+from netorch.resources import DhcpClient, Dnsmasq, Resource, Tap, Veth
 from netorch.state import State
+from netorch.system import Adapter, System
 from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW
 from netorch.system.leases import parse, read, wait_ready
 from netorch.system.processes import end, marked
 from netorch.system.scope import Scope
 from netorch.system.services import DhcpClients, Dnsmasqs
+from netorch.system.starting import program
 from tests.isolation import inside, ip, make_host
 
 pytestmark = [
@@ -128,6 +131,42 @@ def test_a_second_process_for_a_network_is_seen_and_goes(scope: Callable[..., Sc
     (seen,) = adapter.observe()
     assert seen != wanted
     adapter.delete([seen], nothing)
+    assert marked(lab) == []
+
+
+class Failing:
+    """An adapter with which every step fails, in the middle of what dnsmasq has begun."""
+
+    kinds = (Tap,)
+
+    def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
+        raise NetorchError("failed to create it")
+
+    def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
+        raise NetorchError("failed to delete it")
+
+
+def test_a_step_that_fails_leaves_no_dnsmasq_half_started_or_half_ended(
+    scope: Callable[..., Scope], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = scope()
+    make_links(lab)
+    slow = lab.run / "bin" / "dnsmasq"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nsleep 0.5\nexec {program("dnsmasq")} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    system = System(lab, [cast(Adapter, Failing()), Dnsmasqs(lab)])
+    tap = Tap(id="lab:0", name="lab0", network="default", bridge="virbr0", mac=MAC)
+
+    with pytest.raises(NetorchError, match="failed to create it"):
+        system.execute([Create(tap), Create(dnsmasq(lab))], lambda action: None)
+    with pytest.raises(ChildProcessError):  # what had begun has come to its end
+        os.waitpid(-1, os.WNOHANG)
+    assert list(Dnsmasqs(lab).observe()) == [dnsmasq(lab)]
+
+    with pytest.raises(NetorchError, match="failed to delete it"):
+        system.execute([Delete(tap), Delete(dnsmasq(lab))], lambda action: None)
     assert marked(lab) == []
 
 
