@@ -26,7 +26,7 @@ from netorch.resources import DhcpClient, Dnsmasq, Resource
 from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW, missing
 from netorch.system.look import Look
 from netorch.system.namespaces import send_signal
-from netorch.system.processes import Marked, end, leaders, marked, tell_to_end
+from netorch.system.processes import Marked, end, end_all, leaders, marked, tell_to_end
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, program, start
 
@@ -154,7 +154,9 @@ class Dnsmasqs:
             done(new)
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        end(self._scope, self._running({old.key for old in unwanted}))
+        keys = {old.key for old in unwanted}
+        # All, again and again: one that a killed netorch was just starting may be forking.
+        end_all(self._scope, lambda one: one.resource is not None and one.resource.key in keys)
         self._told = []
         for old in unwanted:
             assert isinstance(old, Dnsmasq)
