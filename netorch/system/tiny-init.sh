@@ -84,6 +84,63 @@ say() {
     echo "netorch-tiny: $*" > /dev/console
 }
 
+write_resolv() {
+    seen=
+    for file in /run/resolv.*; do
+        while read -r line; do
+            case $seen in *"|$line|"*) continue ;; esac
+            seen="$seen|$line|"
+            echo "$line"
+        done < "$file"
+    done > /etc/resolv.conf 2> /dev/null
+}
+
+as_dhcp() {
+    case $1 in
+        deconfig | leasefail)
+            # At the start of udhcpc there is nothing to take away, or it is to stay for a while.
+            [ ! -e "/run/keep.$interface" ] || exec rm "/run/keep.$interface"
+            [ -e "/run/lease.$interface" ] || exit 0
+            rm -f "/run/lease.$interface" "/run/resolv.$interface"
+            ip addr flush dev "$interface"
+            write_resolv
+            ;;
+        bound | renew)
+            read -r old 2> /dev/null < "/run/lease.$interface"
+            [ -z "$old" ] || [ "$old" = "$ip/$mask" ] || ip addr flush dev "$interface"
+            # By ioctl, ifconfig and route: `ip` and the kernel's netlink are much more code.
+            ifconfig "$interface" "$ip" netmask "$subnet" ${broadcast:+broadcast "$broadcast"} \
+                ${mtu:+mtu "$mtu"}
+            read -r index < "/sys/class/net/$interface/ifindex"
+            for gateway in $router; do
+                metric=$((100 + index))
+                { [ -z "$old" ] && route add default gw "$gateway" metric "$metric" dev "$interface"; } ||
+                    ip route replace default via "$gateway" dev "$interface" metric "$metric"
+                break
+            done
+            echo "$ip/$mask" > "/run/lease.$interface"
+            {
+                [ -z "$domain" ] || echo "search $domain"
+                for server in $dns; do
+                    echo "nameserver $server"
+                done
+            } > "/run/resolv.$interface"
+            write_resolv
+            [ -z "$hostname" ] || echo "$hostname" > /proc/sys/kernel/hostname
+            # Last: netorch takes this line for the sign that all is in place.
+            [ "$1 $old" = "renew $ip/$mask" ] || say "$interface $ip/$mask${router:+ gw ${router%% *}}"
+            [ -z "$AGENT" ] || kill -CONT "$AGENT"
+            ;;
+    esac
+}
+
+case $0 in
+    */dhcp)
+        as_dhcp "$1"
+        exit
+        ;;
+esac
+
 # The modaliases of devices that no driver has, of the given buses' devices.
 orphans() {
     for device in "$@"; do
@@ -106,13 +163,15 @@ ended() {
 }
 
 # Nothing tells a shell that it goes on in another QEMU, so this looks, as long as it is in a template.
-# The listener has stood still since then (be_template), and does until the copy should have its lease:
-# what it hears of these NICs is known.
+# The listener and the agent have stood still since then (be_template), and do until the copy should
+# have its lease: what the one hears of these NICs is known, and the other looks ten times a second
+# whether the host is there.
 await_copy() {
     until wake; do
-        read -r -t 0.02 none <&3
+        read -r -t 0.005 none <&3
     done
     read -r -t 1 none <&3
+    kill -CONT "$AGENT"
     killall -CONT mdev
 }
 
@@ -147,6 +206,7 @@ start_agent() {
         read -r role 2> /dev/null < "$port/name" || continue
         [ "$role" = org.qemu.guest_agent.0 ] && once agent || continue
         qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run > /run/qemu-ga.log 2>&1 &
+        export AGENT=$!
     done
 }
 
@@ -243,7 +303,7 @@ be_template() {
     else
         wake # to have seen its own identity
         read -r -t 3 none <&3
-        [ -z "$SPARE_NICS" ] || killall -STOP mdev
+        [ -z "$SPARE_NICS" ] || killall -STOP mdev qemu-ga
         say "fit to be copied"
         watch # and no end of this process, which would be left to the copies
     fi
@@ -277,55 +337,6 @@ as_hotplug() {
     [ "$ACTION $SUBSYSTEM" != "add virtio-ports" ] || start_agent
 }
 
-write_resolv() {
-    seen=
-    for file in /run/resolv.*; do
-        while read -r line; do
-            case $seen in *"|$line|"*) continue ;; esac
-            seen="$seen|$line|"
-            echo "$line"
-        done < "$file"
-    done > /etc/resolv.conf 2> /dev/null
-}
-
-as_dhcp() {
-    case $1 in
-        deconfig | leasefail)
-            # At the start of udhcpc there is nothing to take away, or it is to stay for a while.
-            [ ! -e "/run/keep.$interface" ] || exec rm "/run/keep.$interface"
-            [ -e "/run/lease.$interface" ] || exit 0
-            rm -f "/run/lease.$interface" "/run/resolv.$interface"
-            ip addr flush dev "$interface"
-            write_resolv
-            ;;
-        bound | renew)
-            read -r old 2> /dev/null < "/run/lease.$interface"
-            [ -z "$old" ] || [ "$old" = "$ip/$mask" ] || ip addr flush dev "$interface"
-            # By ioctl, ifconfig and route: `ip` and the kernel's netlink are much more code.
-            ifconfig "$interface" "$ip" netmask "$subnet" ${broadcast:+broadcast "$broadcast"} \
-                ${mtu:+mtu "$mtu"}
-            read -r index < "/sys/class/net/$interface/ifindex"
-            for gateway in $router; do
-                metric=$((100 + index))
-                { [ -z "$old" ] && route add default gw "$gateway" metric "$metric" dev "$interface"; } ||
-                    ip route replace default via "$gateway" dev "$interface" metric "$metric"
-                break
-            done
-            echo "$ip/$mask" > "/run/lease.$interface"
-            {
-                [ -z "$domain" ] || echo "search $domain"
-                for server in $dns; do
-                    echo "nameserver $server"
-                done
-            } > "/run/resolv.$interface"
-            write_resolv
-            [ -z "$hostname" ] || echo "$hostname" > /proc/sys/kernel/hostname
-            # Last: netorch takes this line for the sign that all is in place.
-            [ "$1 $old" = "renew $ip/$mask" ] || say "$interface $ip/$mask${router:+ gw ${router%% *}}"
-            ;;
-    esac
-}
-
 # The guest's memory is its root, so only mounted disks have anything to lose.
 stop() {
     sync
@@ -336,7 +347,6 @@ stop() {
 case $0 in
     /init) as_init ;;
     */late) as_late ;;
-    */dhcp) as_dhcp "$1" ;;
     */hotplug) as_hotplug ;;
     */reboot) stop reboot ;;
     */shutdown)
