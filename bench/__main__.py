@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import peers
+from bench import goals, peers
 from bench.jobs import Job, Tools, all_jobs
-from bench.turns import Figure, exponent, measure
+from bench.turns import Figure, measure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -40,7 +40,7 @@ def main() -> None:
             found[job.letter] = _run(job, Path(scratch), quick)
             took[job.letter] = round(time.time() - start)
             print(f"{job.letter} took {took[job.letter]} s", file=sys.stderr, flush=True)
-    machine = _machine()
+    machine = _machine(tools)
     absent = peers.missing()
     text = _table(jobs, found, machine) + _notes(took, absent)
     print(text)
@@ -92,7 +92,7 @@ def _tiny(tools: Tools) -> str:
     return said.stdout.splitlines()[-1]
 
 
-def _machine() -> dict[str, str]:
+def _machine(tools: Tools) -> dict[str, str]:
     model = next(
         (
             line.partition(": ")[2]
@@ -106,11 +106,18 @@ def _machine() -> dict[str, str]:
         "date": time.strftime("%F"),
         "cpu": f"{os.cpu_count()} x {model}",
         "kernel": platform.release(),
-        "python": platform.python_version(),
+        "python": _python(tools),
         "qemu": qemu.stdout.splitlines()[0] if qemu.stdout else "none",
         "accelerator": "TCG",
         "load before": f"{os.getloadavg()[2]:.1f}",
     }
+
+
+def _python(tools: Tools) -> str:
+    """Version and path: distributions build theirs with more optimization than a plain build."""
+    program = "import platform, sys; print(platform.python_version(), sys._base_executable)"
+    said = subprocess.run([tools.python, "-c", program], capture_output=True, text=True, check=True)
+    return said.stdout.strip()
 
 
 def _plain(found: dict[str, dict[str, Figure]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -144,11 +151,9 @@ def _table(
             for name, of in figures.items():
                 if label in of:
                     lines.append(_row(job, label, name, of[label], _base(figures, label)))
-    if "J" in found:
-        lines += ["", "Growth over 10, 100 and 1,000 networks (exponent; 1 is linear):", ""]
-        for label in found["J"]["10"]:
-            points = [(float(n), of[label].ms) for n, of in found["J"].items()]
-            lines.append(f"- {label}: {exponent(points):.2f}")
+    if goals.goals(found):
+        lines += ["", "The goals, as ratios where no unit is given:", ""]
+        lines += goals.table(found)
     return "\n".join(lines) + "\n"
 
 

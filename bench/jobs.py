@@ -35,6 +35,7 @@ def all_jobs(tools: Tools) -> list[Job]:
         _switches(tools, "B", "100 taps on one bridge", 1, 100),
         _switches(tools, "C", "10 networks of 100 taps", 10, 100),
         *(_guests(tools, count) for count in (1, 2, 8)),
+        _many_guests(tools, 32),
         _fixture(),
         _networks(tools),
         _traffic(tools),
@@ -42,10 +43,11 @@ def all_jobs(tools: Tools) -> list[Job]:
 
 
 def _netorch(tools: Tools, text: str, extra: Callable[[Clock, Path], None] | None = None) -> Turn:
-    """Up, the same again, status, and down."""
+    """Check, up, the same again, status, and down."""
 
     def turn(directory: Path, clock: Clock) -> None:
         file = _file(directory, text)
+        clock.run("check", [tools.netorch, "check", str(file)])
         clock.run("up", [tools.netorch, "apply", str(file)])
         clock.run("again", [tools.netorch, "apply", str(file)])
         clock.run("status", [tools.netorch, "status"])
@@ -141,6 +143,11 @@ def _guests(tools: Tools, count: int) -> Job:
     title = f"{count} guest{'s' if count > 1 else ''} from nothing to leases"
     few = {name: 3 for name in contenders if name.startswith("libvirt")}
     return Job(f"D{count}", title, 5 if count < 8 else 3, contenders, few)
+
+
+def _many_guests(tools: Tools, count: int) -> Job:
+    contenders = {"netorch warm": _netorch_guests(tools, labs.guests(count, "warm"))}
+    return Job(f"D{count}", f"{count} guests, warm", 1, contenders, {"netorch warm": 1})
 
 
 def _knows_start(tools: Tools) -> bool:
@@ -245,7 +252,9 @@ def _networks(tools: Tools) -> Job:
 
         return turn
 
-    return Job("J", "networks in one lab", 3, {str(n): of(n) for n in (10, 100, 1000)})
+    contenders = {str(n): of(n) for n in (10, 100, 1000)}
+    contenders["script, 1000"] = _script(lambda d: labs.write_switches_script(d, 1000, 1))
+    return Job("J", "networks in one lab", 3, contenders, {"1000": 2, "script, 1000": 2})
 
 
 def _traffic(tools: Tools) -> Job:

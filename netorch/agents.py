@@ -124,29 +124,21 @@ def main(channel: int, caller: int) -> None:
         starter.end()
 
 
+_NEEDED = (
+    *("adapters", "conflicts", "disks", "facts", "firewall", "guests", "hosts", "leases", "links"),
+    *("nft", "packets", "removal", "services", "taps"),
+)
+
+
 def _import_all() -> None:
     """What agents will need: so that it is imported once, and no agent imports anything."""
-    import subprocess
+    from importlib import import_module
 
-    from netorch.system import (
-        conflicts,
-        disks,
-        facts,
-        firewall,
-        guests,
-        hosts,
-        leases,
-        links,
-        messages,
-        nft,
-        owned_place,
-        packets,
-        removal,
-        services,
-        taps,
-    )
+    from netorch.system import messages, owned_place
 
-    del subprocess, conflicts, disks, facts, firewall, guests, hosts, leases, links, nft, packets
-    del removal, services, taps
+    for name in ("nftables", "shlex", "subprocess"):
+        import_module(name)
+    for name in _NEEDED:
+        import_module(f"netorch.system.{name}")
     messages.warm()
     owned_place.warm()

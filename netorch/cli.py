@@ -13,11 +13,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import click
-
-from netorch import __version__, cli_access, guest_cli, save_cli
-from netorch.cli_options import FILE, JSON, LAB, PLACE, quiet_signals
+from netorch import __version__
+from netorch.cli_options import (
+    COMMANDS,
+    FILE,
+    GUEST,
+    JSON,
+    LAB,
+    LAB_OPTION,
+    PLACE,
+    SOME_COMMAND,
+    Command,
+    argument,
+    command,
+    quiet_signals,
+    seconds,
+)
 from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
+from netorch.output import echo, style
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,24 +39,29 @@ if TYPE_CHECKING:
     from netorch.model import Topology
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, message="netorch %(version)s")
-def cli() -> None:
-    """One TOML file becomes a running QEMU network lab, and goes away without a trace."""
+# The commands of other modules: only the module of the one that was asked for is imported.
+ELSEWHERE = {
+    **dict.fromkeys(("start", "stop", "restart", "pause", "resume", "watch"), "guest_cli"),
+    **dict.fromkeys(("save", "snapshot"), "save_cli"),
+    **dict.fromkeys(("copy", "ssh", "send-key", "screenshot", "vnc"), "cli_access"),
+}
 
 
-@cli.command()
-@FILE
-@PLACE
-@click.option("--verify", "and_verify", is_flag=True, help="Then prove its expectations.")
-@JSON
-@click.option(
-    "--confirm",
-    type=click.FloatRange(min=1),
-    metavar="SECONDS",
-    help="Put everything back after SECONDS unless `netorch confirm` comes first.",
+@command(
+    FILE,
+    PLACE,
+    argument(
+        "--verify", dest="and_verify", action="store_true", help="Then prove its expectations."
+    ),
+    JSON,
+    argument(
+        "--confirm",
+        type=seconds(1),
+        metavar="SECONDS",
+        help="Put everything back after SECONDS, 1 or more, unless `netorch confirm` comes first.",
+    ),
+    argument("--restart", action="store_true", help="Restart guests where a change needs it."),
 )
-@click.option("--restart", is_flag=True, help="Restart guests where a change needs it.")
 def apply(
     file: Path, place: str, and_verify: bool, as_json: bool, confirm: float | None, restart: bool
 ) -> None:
@@ -71,8 +89,7 @@ def apply(
         _exit_as_expected(verdicts)
 
 
-@cli.command()
-@LAB
+@command(LAB)
 def confirm(lab: str | None) -> None:
     """Keep what `apply --confirm` has changed."""
     from netorch import labs
@@ -80,15 +97,12 @@ def confirm(lab: str | None) -> None:
 
     found = labs.find(lab)
     if keep(found.name, found.run):
-        click.echo(f"lab {found.name} stays as it is")
+        echo(f"lab {found.name} stays as it is")
     else:
-        click.echo(f"lab {found.name} stays as it is: its watchdog had ended before")
+        echo(f"lab {found.name} stays as it is: its watchdog had ended before")
 
 
-@cli.command()
-@FILE
-@PLACE
-@JSON
+@command(FILE, PLACE, JSON)
 def plan(file: Path, place: str, as_json: bool) -> None:
     """Show what `apply FILE` would do, and change nothing. Exit status 3: there is something."""
     from netorch import labs, report
@@ -101,8 +115,7 @@ def plan(file: Path, place: str, as_json: bool) -> None:
     sys.exit(3 if outcome.plan else 0)
 
 
-@cli.command()
-@FILE
+@command(FILE)
 def check(file: Path) -> None:
     """Check FILE and say all that is wrong with it; the machine is not touched."""
     from netorch.compiler import compile
@@ -111,12 +124,10 @@ def check(file: Path) -> None:
     topology = _load(file)
     users = {t.owner: 0 for t in topology.taps.values() if isinstance(t.owner, str)}
     compile(topology, Facts(users=users), Path("/run/netorch") / topology.name, "netorch")
-    click.echo(f"{file}: ok")
+    echo(f"{file}: ok")
 
 
-@cli.command()
-@LAB
-@JSON
+@command(LAB, JSON)
 def status(lab: str | None, as_json: bool) -> None:
     """Compare a running lab with the file as it was applied. Exit status 3 if something differs."""
     from netorch import labs, report
@@ -129,11 +140,10 @@ def status(lab: str | None, as_json: bool) -> None:
     sys.exit(0 if standing.in_sync else 3)
 
 
-@cli.command()
-@LAB
-@JSON
-@click.option(
-    "--junit", metavar="FILE", type=click.Path(path_type=Path), help="Write JUnit XML as well."
+@command(
+    LAB,
+    JSON,
+    argument("--junit", metavar="FILE", type=Path, help="Write JUnit XML as well."),
 )
 def verify(lab: str | None, as_json: bool, junit: Path | None) -> None:
     """Prove what the lab's file expects: what reaches what, and what does not. Exit status 4: an
@@ -155,8 +165,7 @@ def verify(lab: str | None, as_json: bool, junit: Path | None) -> None:
     _exit_as_expected(verdicts)
 
 
-@cli.command()
-@JSON
+@command(JSON)
 def ls(as_json: bool) -> None:
     """List the labs that run here."""
     from netorch import labs, report
@@ -168,9 +177,10 @@ def ls(as_json: bool) -> None:
         report.labs_text(there)
 
 
-@cli.command()
-@LAB
-@click.option("--all", "every", is_flag=True, help="All labs that run here.")
+@command(
+    LAB,
+    argument("--all", dest="every", action="store_true", help="All labs that run here."),
+)
 def teardown(lab: str | None, every: bool) -> None:
     """Take a lab away: guests, services, rules, links, files. Needs no file."""
     from netorch import labs, report
@@ -186,9 +196,7 @@ def teardown(lab: str | None, every: bool) -> None:
     sys.exit(1 if failed else 0)
 
 
-@cli.command()
-@LAB
-@JSON
+@command(LAB, JSON)
 def leases(lab: str | None, as_json: bool) -> None:
     """Show the DHCP leases of a lab."""
     from netorch import labs, report
@@ -200,9 +208,10 @@ def leases(lab: str | None, as_json: bool) -> None:
         report.leases_text(found)
 
 
-@cli.command()
-@click.argument("tap", metavar="[TAP|PID]", required=False)
-@JSON
+@command(
+    argument("tap", metavar="[TAP|PID]", nargs="?", help="The name of a tap, or a process."),
+    JSON,
+)
 def taps(tap: str | None, as_json: bool) -> None:
     """Show who has which tap open, netorch's or anybody's: all, those of one name, or those of one
     process.
@@ -217,20 +226,26 @@ def taps(tap: str | None, as_json: bool) -> None:
     else:
         tap_report.text(rows)
     for line in tap_report.unseen(found, rows, os.geteuid() == 0):
-        click.echo(line, err=True)
+        echo(line, err=True)
 
 
-@cli.command(name="exec", context_settings={"ignore_unknown_options": True})
-@click.option("--lab", help="The lab, where more than one runs.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="SECONDS",
-    help="End the command after SECONDS, with exit status 124.",
+@command(
+    LAB_OPTION,
+    argument(
+        "--timeout",
+        type=seconds(0, above=True),
+        metavar="SECONDS",
+        help="End the command after SECONDS, with exit status 124.",
+    ),
+    argument("node", metavar="NODE", help="A host or guest."),
+    argument(
+        "command",
+        metavar="COMMAND...",
+        nargs=SOME_COMMAND,
+        help="What to run there, and its options.",
+    ),
 )
-@click.argument("node")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def exec_(lab: str | None, timeout: float | None, node: str, command: tuple[str, ...]) -> None:
+def exec_(lab: str | None, timeout: float | None, node: str, command: list[str]) -> None:
     """Run a command in a host, or through the guest agent in a guest: `netorch exec vm1 -- ip
     addr`.
     """
@@ -247,9 +262,7 @@ def exec_(lab: str | None, timeout: float | None, node: str, command: tuple[str,
     sys.exit(status)
 
 
-@cli.command()
-@click.option("--lab", help="The lab, where more than one runs.")
-@click.argument("guest")
+@command(LAB_OPTION, GUEST)
 def console(lab: str | None, guest: str) -> None:
     """Open the serial console of a guest; Ctrl-] leaves it."""
     from netorch import nodes
@@ -257,11 +270,12 @@ def console(lab: str | None, guest: str) -> None:
     sys.exit(nodes.console(nodes.find(lab, guest)))
 
 
-@cli.command()
-@click.option("--lab", help="The lab, where more than one runs.")
-@click.argument("source")
-@click.argument("target")
-@JSON
+@command(
+    LAB_OPTION,
+    argument("source", metavar="SOURCE", help="A guest or host."),
+    argument("target", metavar="TARGET", help="A guest, a host, `gateway`, or an address."),
+    JSON,
+)
 def why(lab: str | None, source: str, target: str, as_json: bool) -> None:
     """Say why a packet from SOURCE, a guest or host, does not reach TARGET: another one,
     `gateway`, or an IPv4 address. Exit status 1: a hop on the way is broken.
@@ -276,7 +290,7 @@ def why(lab: str | None, source: str, target: str, as_json: bool) -> None:
     sys.exit(0 if all(hop.ok for hop in hops) else 1)
 
 
-@cli.command()
+@command()
 def schema() -> None:
     """Print the JSON Schema of a topology file, for editors."""
     from netorch import report
@@ -285,28 +299,40 @@ def schema() -> None:
     report.json_out(of_file())
 
 
-for command in (*guest_cli.COMMANDS, *save_cli.COMMANDS, *cli_access.COMMANDS):
-    cli.add_command(command)
+def every_command() -> dict[str, Command]:
+    """By name. Imports the modules of all commands."""
+    for name in ELSEWHERE:
+        find(name)
+    return COMMANDS
+
+
+def find(name: str) -> Command | None:
+    if name in ELSEWHERE and name not in COMMANDS:
+        from importlib import import_module
+
+        import_module(f"netorch.{ELSEWHERE[name]}")
+    return COMMANDS.get(name)
 
 
 def main() -> NoReturn:
     """Entry point. Turns errors into messages and exit statuses."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        try:
+            _run(sys.argv[1:])
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except TopologyError as error:
-        click.echo(error.message, err=True)
+        echo(error.message, err=True)
         count = len(error.mistakes)
-        click.echo(f"{count} mistake{'s' if count != 1 else ''}; nothing was changed", err=True)
+        echo(f"{count} mistake{'s' if count != 1 else ''}; nothing was changed", err=True)
         sys.exit(2)
     except NetorchError as error:
         _complain(error)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+    except KeyboardInterrupt:
+        echo("\ninterrupted", err=True)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(
@@ -314,6 +340,27 @@ def main() -> NoReturn:
         )  # so that the flush at exit is silent
         sys.exit(1)
     sys.exit(0)
+
+
+def _run(words: list[str]) -> None:
+    first = words[0] if words else "--help"
+    if first == "--version":
+        echo(f"netorch {__version__}")
+        return
+    from netorch.command_line import near, overview, parsed
+
+    if first in ("-h", "--help"):
+        echo(overview(every_command().values()), err=not words)
+        sys.exit(0 if words else 2)
+    found = find(first)
+    if found is None:
+        echo("usage: netorch COMMAND [OPTIONS] [ARGUMENTS]", err=True)
+        what = "option" if first.startswith("-") else "command"
+        known = [*every_command(), "--version", "--help"]
+        raise UsageError(
+            f"there is no {what} {first!r}", f"{near(first, known)}try 'netorch --help'"
+        )
+    found.run(**parsed(found, words[1:]))
 
 
 def _load(file: Path) -> "Topology":
@@ -327,13 +374,13 @@ def _exit_as_expected(verdicts: "Sequence[Verdict]") -> NoReturn:
 
 
 def _complain(error: NetorchError) -> None:
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {error.message}", err=True)
+    echo(f"{style('error:', 'red', bold=True)} {error.message}", err=True)
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        echo(f"hint: {error.hint}", err=True)
     if isinstance(error, ApplyError):
         for line in error.undone:
-            click.echo(f"undone: {line}", err=True)
+            echo(f"undone: {line}", err=True)
         for line in error.left:
-            click.echo(f"{click.style('left behind:', fg='red')} {line}", err=True)
+            echo(f"{style('left behind:', 'red')} {line}", err=True)
         if not error.undone and not error.left:
-            click.echo("nothing had to be undone", err=True)
+            echo("nothing had to be undone", err=True)

@@ -4,26 +4,26 @@ import sys
 import time
 from contextlib import suppress
 
-import click
-
-from netorch.cli_options import LAB, LAB_OPTION, quiet_signals
-
-GUESTS = click.argument("guests", nargs=-1, required=True)
-TIMEOUT = click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long a guest may take to switch itself off; 0 ends it at once.",
+from netorch.cli_options import (
+    GUESTS,
+    LAB,
+    LAB_OPTION,
+    TIMEOUT,
+    argument,
+    command,
+    quiet_signals,
 )
+from netorch.output import echo
 
 
-@click.command()
-@GUESTS
-@LAB_OPTION
-@click.option("--discard", is_flag=True, help="Boot saved guests afresh: what was saved is lost.")
-def start(guests: tuple[str, ...], lab: str | None, discard: bool) -> None:
+@command(
+    GUESTS,
+    LAB_OPTION,
+    argument(
+        "--discard", action="store_true", help="Boot saved guests afresh: what was saved is lost."
+    ),
+)
+def start(guests: list[str], lab: str | None, discard: bool) -> None:
     """Start guests, with all that they need, and wait until they are ready. One that was saved
     goes on where it was.
     """
@@ -31,14 +31,11 @@ def start(guests: tuple[str, ...], lab: str | None, discard: bool) -> None:
 
     progress = report.Printer(sys.stderr, quiet_signals)
     if not lifecycle.start(lifecycle.find(lab, guests), guests, progress, discard):
-        click.echo(f"nothing to do: {', '.join(guests)} runs")
+        echo(f"nothing to do: {', '.join(guests)} runs")
 
 
-@click.command()
-@GUESTS
-@LAB_OPTION
-@TIMEOUT
-def stop(guests: tuple[str, ...], lab: str | None, timeout: float) -> None:
+@command(GUESTS, LAB_OPTION, TIMEOUT)
+def stop(guests: list[str], lab: str | None, timeout: float) -> None:
     """Switch guests off: their power button is pressed, and after a time they are ended."""
     from netorch import lifecycle, report
 
@@ -46,11 +43,8 @@ def stop(guests: tuple[str, ...], lab: str | None, timeout: float) -> None:
     lifecycle.stop(lifecycle.find(lab, guests), guests, timeout, progress)
 
 
-@click.command()
-@GUESTS
-@LAB_OPTION
-@TIMEOUT
-def restart(guests: tuple[str, ...], lab: str | None, timeout: float) -> None:
+@command(GUESTS, LAB_OPTION, TIMEOUT)
+def restart(guests: list[str], lab: str | None, timeout: float) -> None:
     """Stop guests and start them again, each in a new QEMU."""
     from netorch import lifecycle, report
 
@@ -58,39 +52,31 @@ def restart(guests: tuple[str, ...], lab: str | None, timeout: float) -> None:
     lifecycle.restart(lifecycle.find(lab, guests), guests, timeout, progress)
 
 
-@click.command()
-@GUESTS
-@LAB_OPTION
-def pause(guests: tuple[str, ...], lab: str | None) -> None:
+@command(GUESTS, LAB_OPTION)
+def pause(guests: list[str], lab: str | None) -> None:
     """Let guests stand still; `resume` or an apply lets them go on."""
     from netorch import lifecycle
 
     lifecycle.pause(lifecycle.find(lab, guests), guests)
 
 
-@click.command()
-@GUESTS
-@LAB_OPTION
-def resume(guests: tuple[str, ...], lab: str | None) -> None:
+@command(GUESTS, LAB_OPTION)
+def resume(guests: list[str], lab: str | None) -> None:
     """Let paused guests go on."""
     from netorch import lifecycle
 
     lifecycle.resume(lifecycle.find(lab, guests), guests)
 
 
-@click.command()
-@LAB
+@command(LAB)
 def watch(lab: str | None) -> None:
     """Watch over a lab: say how guests end, and start those again whose file says `restart`."""
     from netorch import labs, report, watcher
 
     def say(line: str) -> None:
-        click.echo(f"{time.strftime('%H:%M:%S')} {line}")
+        echo(f"{time.strftime('%H:%M:%S')} {line}")
 
     found = labs.find(lab)
     say(f"watching lab {found.name}; Ctrl-C leaves it as it is")
     with suppress(KeyboardInterrupt):
         watcher.watch(found, say, report.Printer(sys.stderr, quiet_signals))
-
-
-COMMANDS = (start, stop, restart, pause, resume, watch)

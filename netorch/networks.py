@@ -35,12 +35,10 @@ from netorch.digests import sha256
 from netorch.resources import Ruleset
 
 # The characters that a value may have in both languages without meaning anything but itself.
-_PLAIN = re.compile(r"[A-Za-z0-9_.:/@+-]*")
+_PLAIN = r"[A-Za-z0-9_.:/@+-]*"
 # What dnsmasq takes as a name in dhcp-host: one label that it can't read as a lease time, `ignore`
 # (option.c, one_opt LOPT/dhcp-host), an address or a domain of another network.
-_HOSTNAME = re.compile(
-    r"(?!(\d+[smhdw]?|infinite|ignore)$)[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?", re.I
-)
+_HOSTNAME = r"(?i)(?!(\d+[smhdw]?|infinite|ignore)$)[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?"
 
 
 class Reservation(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +82,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
         values += [value for pair in self.names for value in pair]
         values += [value for r in self.reservations for value in (r.mac, r.address, r.name)]
         for value in values:
-            if not _PLAIN.fullmatch(value):
+            if not re.fullmatch(_PLAIN, value):
                 raise ValueError(
                     f"network {self.network}: {value!r} can't stand in a configuration file"
                 )
@@ -145,7 +143,7 @@ def dhcp_hosts(segment: Segment) -> str:
     """The reservations, for dhcp-hostsfile: `mac,address,name` a line."""
     return "".join(
         f"{r.mac},{r.address},{r.name}\n"
-        if _HOSTNAME.fullmatch(r.name)
+        if re.fullmatch(_HOSTNAME, r.name)
         else f"{r.mac},{r.address}\n"
         for r in segment.reservations
     )
@@ -157,7 +155,7 @@ def static_names(segment: Segment) -> str:
     Those of a reservation stand here where dnsmasq would take the name for something else.
     """
     reserved = [
-        (r.address, r.name) for r in segment.reservations if not _HOSTNAME.fullmatch(r.name)
+        (r.address, r.name) for r in segment.reservations if not re.fullmatch(_HOSTNAME, r.name)
     ]
     return "".join(f"{address} {name}\n" for address, name in [*segment.names, *reserved] if name)
 
@@ -293,7 +291,7 @@ def _dhcp(segment: Segment, leases: str, hosts: str) -> list[str]:
 
 def _path(path: str) -> str:
     """A path as a value of dnsmasq's configuration, quoted where a character has a meaning."""
-    if _PLAIN.fullmatch(path):
+    if re.fullmatch(_PLAIN, path):
         return path
     escaped = path.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     return f'"{escaped}"'

@@ -3,13 +3,13 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-import click
 import msgspec
 
 from netorch.engine import Progress
 from netorch.labs import Lab, Outcome, Standing, topology_of
+from netorch.output import echo, echo_on, style, unstyle
 from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Guest, Resource
 from netorch.system import rundir
@@ -34,7 +34,7 @@ COLOURS = {"ok": "green", "missing": "red", "changed": "yellow", "stray": "magen
 class Printer(Progress):
     """Prints the engine's progress, a line for each thing that happened."""
 
-    def __init__(self, out: IO[str], undoing: Callable[[], None]) -> None:
+    def __init__(self, out: TextIO, undoing: Callable[[], None]) -> None:
         self._out = out
         self._undoing = undoing
         self.began = time.monotonic()
@@ -52,52 +52,50 @@ class Printer(Progress):
         self._line(f"  {line}")
 
     def warn(self, line: str) -> None:
-        self._line(f"{click.style('warning:', fg='yellow')} {line}")
+        self._line(f"{style('warning:', 'yellow')} {line}")
 
     def undoing(self, reason: BaseException) -> None:
         self._undoing()
-        self._line(click.style("undoing what was done", fg="red"))
+        self._line(style("undoing what was done", "red"))
 
     def undone(self, action: Action) -> None:
         self._line(_signed(action))
 
     def _line(self, text: str) -> None:
-        click.echo(text, file=self._out)
+        echo_on(self._out, text)
 
 
 def up(outcome: Outcome, progress: Printer, confirm: float | None = None) -> None:
     """The last lines of a successful apply."""
     if not outcome.plan:
-        click.echo(f"lab {outcome.lab}: nothing to do")
+        echo(f"lab {outcome.lab}: nothing to do")
         return
     count = f"{progress.count} change{'s' if progress.count != 1 else ''}"
     where = f" {_where(outcome.place)}" if outcome.place else ""
-    click.echo(f"lab {outcome.lab} is up{where}: {count} in {progress.seconds:.1f} s")
+    echo(f"lab {outcome.lab} is up{where}: {count} in {progress.seconds:.1f} s")
     if outcome.place and outcome.place.uplink == "none":
         why = f": {outcome.place.reason}" if outcome.place.reason else ""
-        click.echo(f"it has no way out{why}")
+        echo(f"it has no way out{why}")
     if confirm is not None:
-        click.echo(
-            f"it is put back in {confirm:g} s unless you say `netorch confirm {outcome.lab}`"
-        )
+        echo(f"it is put back in {confirm:g} s unless you say `netorch confirm {outcome.lab}`")
 
 
 def down(lab: Lab, progress: Printer, errors: Sequence[str]) -> None:
     """The last lines of a teardown."""
     for error in errors:
-        click.echo(click.style("left behind: ", fg="red") + error, err=True)
+        echo(style("left behind: ", "red") + error, err=True)
     if not errors:
-        click.echo(f"lab {lab.name} is gone ({progress.seconds:.1f} s)")
+        echo(f"lab {lab.name} is gone ({progress.seconds:.1f} s)")
 
 
 def plan_text(outcome: Outcome) -> None:
     if outcome.place is None:
-        click.echo(click.style("+", fg="green") + " create a private namespace")
+        echo(style("+", "green") + " create a private namespace")
     for action, line in zip(outcome.plan, outcome.plan.describe(), strict=True):
         sign, colour = SIGNS[type(action)]
-        click.echo(f"{click.style(sign, fg=colour)} {line}")
+        echo(f"{style(sign, colour)} {line}")
     count = len(outcome.plan)
-    click.echo(
+    echo(
         f"{count} change{'s' if count != 1 else ''} to lab {outcome.lab}"
         if count
         else "nothing to do"
@@ -121,26 +119,24 @@ def plan_json(outcome: Outcome) -> dict[str, Any]:
 
 def status_text(standing: Standing) -> None:
     lab = standing.lab
-    click.echo(f"lab {lab.name} {_where(lab.place)}")
+    echo(f"lab {lab.name} {_where(lab.place)}")
     rows = []
     for state, key, resource in standing.rows():
-        rows.append(
-            (click.style(state, fg=COLOURS[state]), key, _detail(standing, state, resource))
-        )
+        rows.append((style(state, COLOURS[state]), key, _detail(standing, state, resource)))
     table(("STATE", "KEY", "WHAT"), rows)
     for ending in standing.endings.values():
         for log, lines in (("QEMU", ending.qemu), ("its console", ending.console)):
             if lines:
-                click.echo(f"\n{ending.guest}: the last lines of {log}:")
-                click.echo("\n".join(f"    {line}" for line in lines))
+                echo(f"\n{ending.guest}: the last lines of {log}:")
+                echo("\n".join(f"    {line}" for line in lines))
     held = _leases(lab)
     if held:
-        click.echo()
+        echo()
         leases_table(held)
     if (waiting := standing.pending) is not None:
-        click.echo(_waiting(lab, waiting))
+        echo(_waiting(lab, waiting))
     if standing.desired is None:
-        click.echo("the record of its topology is lost: apply its file again, or tear it down")
+        echo("the record of its topology is lost: apply its file again, or tear it down")
 
 
 def _waiting(lab: Lab, waiting: "Pending") -> str:
@@ -181,7 +177,7 @@ def status_json(standing: Standing) -> dict[str, Any]:
 
 def labs_text(there: Sequence[Lab]) -> None:
     if not there:
-        click.echo("no lab is running here")
+        echo("no lab is running here")
         return
     rows = []
     for lab in there:
@@ -209,7 +205,7 @@ def leases_text(lab: Lab) -> None:
     if held:
         leases_table(held)
     else:
-        click.echo(f"lab {lab.name} has given no lease")
+        echo(f"lab {lab.name} has given no lease")
 
 
 def leases_json(lab: Lab) -> list[dict[str, Any]]:
@@ -236,7 +232,7 @@ def snapshots_text(guest: str, there: "Sequence[Snapshot]") -> None:
 
         table(("SNAPSHOT", "MADE"), [(one.name, when(one.at)) for one in there])
     else:
-        click.echo(f"guest {guest} has no snapshot")
+        echo(f"guest {guest} has no snapshot")
 
 
 def snapshots_json(there: "Sequence[Snapshot]") -> list[dict[str, Any]]:
@@ -253,9 +249,9 @@ def hops_text(hops: "Sequence[Hop]") -> None:
         word, colour = ("ok", "green") if hop.ok else ("broken too", "yellow")
         if hop is broken:
             word, colour = "broken", "red"
-        rows.append((click.style(word, fg=colour), hop.name, hop.detail))
+        rows.append((style(word, colour), hop.name, hop.detail))
     table(("STATE", "HOP", "WHAT"), rows)
-    click.echo(first_broken(hops))
+    echo(first_broken(hops))
 
 
 def hops_json(hops: "Sequence[Hop]") -> list[dict[str, Any]]:
@@ -266,16 +262,16 @@ def hops_json(hops: "Sequence[Hop]") -> list[dict[str, Any]]:
 def verdicts_text(lab: str, verdicts: "Sequence[Verdict]") -> None:
     """A line for each: what was expected, and what was observed."""
     for verdict in verdicts:
-        sign = click.style("ok  ", fg="green") if verdict.ok else click.style("FAIL", fg="red")
+        sign = style("ok  ", "green") if verdict.ok else style("FAIL", "red")
         wanted = "" if verdict.question.expect.reach else " (must not)"
-        click.echo(f"{sign} {verdict.question.title}{wanted}: {verdict.observed}")
+        echo(f"{sign} {verdict.question.title}{wanted}: {verdict.observed}")
         for line in verdict.because.splitlines():
-            click.echo(f"     {line}")
+            echo(f"     {line}")
     failed = sum(not verdict.ok for verdict in verdicts)
     if not verdicts:
-        click.echo(f"lab {lab} expects nothing: its file has no [[expect]]")
+        echo(f"lab {lab} expects nothing: its file has no [[expect]]")
     elif failed:
-        click.echo(f"lab {lab}: {failed} of {len(verdicts)} expectations are not met")
+        echo(f"lab {lab}: {failed} of {len(verdicts)} expectations are not met")
 
 
 def verdicts_json(verdicts: "Sequence[Verdict]") -> list[dict[str, Any]]:
@@ -298,13 +294,13 @@ def verdicts_json(verdicts: "Sequence[Verdict]") -> list[dict[str, Any]]:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns, without borders or truncation, so that both eyes and awk can read them."""
-    widths = [max(len(click.unstyle(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    widths = [max(len(unstyle(row[i])) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
         cells = [
-            cell + " " * (width - len(click.unstyle(cell)))
+            cell + " " * (width - len(unstyle(cell)))
             for cell, width in zip(row, widths, strict=True)
         ]
-        click.echo("  ".join(cells).rstrip())
+        echo("  ".join(cells).rstrip())
 
 
 def json_out(value: object) -> None:
@@ -314,7 +310,7 @@ def json_out(value: object) -> None:
 def _signed(action: Action) -> str:
     sign, colour = SIGNS[type(action)]
     words = action.resource.describe() if not isinstance(action, Update) else action.describe()[7:]
-    return f"{click.style(sign, fg=colour)} {words}"
+    return f"{style(sign, colour)} {words}"
 
 
 def _detail(standing: Standing, state: str, resource: Resource) -> str:

@@ -2,17 +2,22 @@
 
 import sys
 
-import click
-
-from netorch.cli_options import JSON, LAB_OPTION, quiet_signals
+from netorch.cli_options import (
+    GUEST,
+    GUESTS,
+    JSON,
+    LAB_OPTION,
+    TIMEOUT,
+    argument,
+    command,
+    quiet_signals,
+)
 from netorch.errors import UsageError
-from netorch.guest_cli import GUESTS, TIMEOUT
+from netorch.output import echo
 
 
-@click.command()
-@GUESTS
-@LAB_OPTION
-def save(guests: tuple[str, ...], lab: str | None) -> None:
+@command(GUESTS, LAB_OPTION)
+def save(guests: list[str], lab: str | None) -> None:
     """Keep the running state of guests in files, and end them; `start` lets them go on there."""
     from netorch import lifecycle, report
 
@@ -20,16 +25,21 @@ def save(guests: tuple[str, ...], lab: str | None) -> None:
     lifecycle.save(lifecycle.find(lab, guests), guests, progress)
 
 
-@click.command()
-@click.argument("guest")
-@click.argument("name", required=False)
-@LAB_OPTION
-@click.option("--list", "as_list", is_flag=True, help="List the snapshots of the guest.")
-@click.option("--revert", metavar="NAME", help="Put the guest's disks back to this snapshot.")
-@click.option("--delete", metavar="NAME", help="Delete this snapshot.")
-@click.option("--restart", is_flag=True, help="With --revert: stop a running guest, and start it.")
-@TIMEOUT
-@JSON
+@command(
+    GUEST,
+    argument("name", metavar="[NAME]", nargs="?", help="What to call it."),
+    LAB_OPTION,
+    argument(
+        "--list", dest="as_list", action="store_true", help="List the snapshots of the guest."
+    ),
+    argument("--revert", metavar="NAME", help="Put the guest's disks back to this snapshot."),
+    argument("--delete", metavar="NAME", help="Delete this snapshot."),
+    argument(
+        "--restart", action="store_true", help="With --revert: stop a running guest, and start it."
+    ),
+    TIMEOUT,
+    JSON,
+)
 def snapshot(
     guest: str,
     name: str | None,
@@ -63,7 +73,4 @@ def snapshot(
     elif delete:
         snapshots.delete(found, guest, delete)
     else:
-        click.echo(f"{guest}: snapshot {snapshots.make(found, guest, name)}")
-
-
-COMMANDS = (save, snapshot)
+        echo(f"{guest}: snapshot {snapshots.make(found, guest, name)}")

@@ -7,10 +7,10 @@ it can't move the cursor of whoever reads it.
 import sys
 from collections.abc import Sequence
 
-import click
 import msgspec
 
 from netorch.errors import UsageError
+from netorch.output import echo
 from netorch.picture import table
 from netorch.tap_queues import Found, TapRow
 
@@ -40,9 +40,9 @@ def chosen(found: Found, wanted: str | None) -> list[TapRow]:
 
 def text(rows: Sequence[TapRow]) -> None:
     if rows:
-        click.echo(table(_HEAD, [_cells(row) for row in rows]))
+        echo(table(_HEAD, [_cells(row) for row in rows]))
     else:
-        click.echo("no tap can be seen")
+        echo("no tap can be seen")
 
 
 def json_out(rows: Sequence[TapRow]) -> None:

@@ -10,13 +10,13 @@ Doubt = tuple[Key, str, str, tuple[Key, ...]]
 """A Finding and the places of the values that it rests on."""
 
 # What OpenSSH calls the types of its public keys (sshd(8), AUTHORIZED_KEYS FILE FORMAT).
-_PUBLIC_KEY = re.compile(r"(sk-)?(ssh|ecdsa)-[a-z0-9@.-]+ +AAAA[A-Za-z0-9+/]+=*( .*)?")
+_PUBLIC_KEY = r"(sk-)?(ssh|ecdsa)-[a-z0-9@.-]+ +AAAA[A-Za-z0-9+/]+=*( .*)?"
 _HOME = "write the directory out: whose home ~ is depends on who runs netorch"
 
 
 def is_public_key(line: str) -> bool:
     """Is it a line of an authorized_keys file, without options?"""
-    return _PUBLIC_KEY.fullmatch(line) is not None
+    return re.fullmatch(_PUBLIC_KEY, line) is not None
 
 
 def is_user_data(text: str) -> bool:

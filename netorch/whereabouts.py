@@ -1,5 +1,6 @@
 """Which labs there are, and where: by the marks that they left, with or without a run directory."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -140,8 +141,12 @@ def refuse_a_twin(lab: Lab) -> None:
 
 
 def note_place(lab: Lab) -> None:
-    here = lab.place.inode
-    rundir.write(lab.run / PLACE_FILE, f"{here} private" if lab.place.private else str(here))
+    file, here = lab.run / PLACE_FILE, lab.place.inode
+    text = f"{here} private" if lab.place.private else str(here)
+    with suppress(FileNotFoundError):
+        if file.read_text() == text:
+            return
+    rundir.write(file, text)
 
 
 def lab_of(name: str, place: Place) -> Lab:

@@ -6,7 +6,7 @@ it is handed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Resource
@@ -47,6 +47,17 @@ class Adapter(Protocol):
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None: ...
 
 
+@runtime_checkable
+class InHalves(Protocol):
+    """An adapter whose work goes on by itself once it has begun: processes start and end while
+    the other adapters do their part of a step.
+    """
+
+    def begin(self, step: Sequence[Action]) -> None:
+        """Begin what of this step is this adapter's; its `create` and `delete` wait for the end."""
+        ...
+
+
 class System:
     """All adapters as one; dispatches by the class of the resource."""
 
@@ -71,13 +82,26 @@ class System:
         ]
 
     def execute(self, step: Sequence[Action], done: Callable[[Action], None]) -> None:
-        """Carry out one step of a plan; `done` hears of each action as it is finished."""
+        """Carry out one step of a plan; `done` hears of each action as it is finished.
+
+        What is deleted goes the other way round than it was made, and what has begun to end by
+        itself is waited for last. So nft tables go before bridges: the kernel frees a table after
+        a grace period, for which whoever closes the nft socket waits, and deleting a bridge takes
+        several.
+        """
         actions = {action.key: action for action in step}
 
         def finished(resource: Resource) -> None:
             done(actions[resource.key])
 
-        for adapter, resources in self._grouped(action.resource for action in step):
+        groups = self._grouped(action.resource for action in step)
+        if any(isinstance(action, Delete) for action in step):
+            groups.reverse()
+            groups.sort(key=lambda group: isinstance(group[0], InHalves))
+        for adapter, resources in groups:
+            if isinstance(adapter, InHalves):
+                adapter.begin([actions[resource.key] for resource in resources])
+        for adapter, resources in groups:
             chosen = [actions[resource.key] for resource in resources]
             creates = [action.new for action in chosen if isinstance(action, Create)]
             updates = [action for action in chosen if isinstance(action, Update)]

@@ -8,7 +8,7 @@ one, with a sign that something of their kind may be there, which costs next to 
 from collections.abc import Callable, Iterable, Sequence, Set
 from functools import cached_property
 
-from netorch.planner import Update
+from netorch.planner import Action, Update
 from netorch.resources import (
     BridgeUplink,
     DhcpClient,
@@ -21,7 +21,7 @@ from netorch.resources import (
     Variables,
     Volume,
 )
-from netorch.system import Adapter
+from netorch.system import Adapter, InHalves
 from netorch.system.firewall import Firewall
 from netorch.system.links import Links
 from netorch.system.look import Look
@@ -64,6 +64,14 @@ class Promised:
 
     def delete(self, unwanted: Sequence[Resource], done: Done) -> None:
         self._adapter.delete(unwanted, done)
+
+
+class PromisedInHalves(Promised):
+    """Such an adapter that is `InHalves`."""
+
+    def begin(self, step: Sequence[Action]) -> None:
+        assert isinstance(self._adapter, InHalves)
+        self._adapter.begin(step)
 
 
 def adapters(
@@ -117,7 +125,7 @@ def adapters(
         Links(scope),
         Promised((BridgeUplink,), lambda look: _has_uplinks(look, scope), uplinks),
         Firewall(scope),
-        Promised((Dnsmasq,), lambda look: look.has_process("dnsmasq"), dnsmasqs),
+        PromisedInHalves((Dnsmasq,), lambda look: look.has_process("dnsmasq"), dnsmasqs),
         Promised((DhcpClient,), lambda look: look.has_process("dhcp"), clients),
         Promised((Overlay, Volume), lambda look: scope.disks.exists(), disks),
         Promised((Variables,), lambda look: scope.disks.exists(), flash),

@@ -21,14 +21,15 @@ from netorch.system.namespaces import may_change_links
 from netorch.system.nft import Nft
 from netorch.system.scope import Scope
 
-_SEAL = re.compile(r"\n?\tchain sealed_([0-9a-f]+) \{\n\t\}\n")
-_COMMENT = re.compile(r'^\tcomment "([0-9a-f]+)"$', re.MULTILINE)
-_TABLE = re.compile(r"^table (ip|inet|bridge) (\S+) \{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
-_FORWARD = re.compile(
-    r"^\tchain (\S+) \{\n(?:\t\tcomment .*\n)?\t\ttype filter hook forward [^;]*; policy (\w+);$",
-    re.MULTILINE,
+# Compiled where they are used, since that takes longer than to load this module.
+_SEAL = r"\n?\tchain sealed_([0-9a-f]+) \{\n\t\}\n"
+_COMMENT = r'(?m)^\tcomment "([0-9a-f]+)"$'
+_TABLE = r"(?ms)^table (ip|inet|bridge) (\S+) \{\n(.*?)^\}"
+_FORWARD = (
+    r"(?m)^\tchain (\S+) \{\n(?:\t\tcomment .*\n)?"
+    + r"\t\ttype filter hook forward [^;]*; policy (\w+);$"
 )
-_REFUSAL = re.compile(r"(counter )?(drop|reject( with [a-z0-9 -]*)?)( comment .*)?")
+_REFUSAL = r"(counter )?(drop|reject( with [a-z0-9 -]*)?)( comment .*)?"
 
 
 class Firewall:
@@ -103,8 +104,8 @@ class Firewall:
 
     def _ruleset(self) -> Ruleset:
         listing = self._listing()
-        text = _SEAL.sub("", listing)
-        seals, comment = _SEAL.findall(listing), _COMMENT.search(text)
+        text = re.sub(_SEAL, "", listing)
+        seals, comment = re.findall(_SEAL, listing), re.search(_COMMENT, text)
         intact = comment is not None and seals == [_hash(text)]
         return Ruleset(text=text, digest=comment[1] if comment and intact else "")
 
@@ -128,17 +129,17 @@ def refusals() -> list[tuple[str, str, str]]:
     """
     nft = Nft()
     found = []
-    for family, table, body in _TABLE.findall(nft.run("list chains", "list the nft chains")):
+    for family, table, body in re.findall(_TABLE, nft.run("list chains", "list the nft chains")):
         if table.startswith("netorch_"):
             continue
-        for chain, policy in _FORWARD.findall(body):
+        for chain, policy in re.findall(_FORWARD, body):
             where = f"chain {chain} of table {family} {table}"
             if policy == "drop":
                 found.append((where, "has policy drop", "in it"))
                 continue
             listing = nft.run(f"list chain {family} {table} {chain}", f"list {where}")
             rules = [line.strip() for line in listing.splitlines() if line.startswith("\t\t")]
-            if _REFUSAL.fullmatch(rules[-1]):
+            if re.fullmatch(_REFUSAL, rules[-1]):
                 last = rules[-1].removeprefix("counter ")
                 found.append((where, f"ends with `{last}`", "before"))
     return found

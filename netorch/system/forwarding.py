@@ -25,7 +25,7 @@ from netorch.system.nft import Nft
 from netorch.system.scope import CLAIMS_PREFIX
 from netorch.system.snapshot import Link, links
 
-_ELEMENT = re.compile(r'"([^"]+)" : 0x0*([01])\b')
+_ELEMENT = r'"([^"]+)" : 0x0*([01])\b'
 
 
 class Claims:
@@ -104,7 +104,7 @@ class Claims:
 
     def _claimed(self, table: str) -> dict[str, bool]:
         listing = self._nft.run(f"list table inet {table}", f"list table inet {table}")
-        return {name: value == "1" for name, value in _ELEMENT.findall(listing)}
+        return {name: value == "1" for name, value in re.findall(_ELEMENT, listing)}
 
 
 def interfaces() -> dict[str, Link]:

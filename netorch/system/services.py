@@ -15,18 +15,18 @@ they go with the run directory.
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 import msgspec
 
 from netorch.errors import KernelError, MissingError, NetorchError
-from netorch.planner import Update
+from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import DhcpClient, Dnsmasq, Resource
 from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW, missing
 from netorch.system.look import Look
 from netorch.system.namespaces import send_signal
-from netorch.system.processes import end, leaders, marked
+from netorch.system.processes import Marked, end, leaders, marked, tell_to_end
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, program, start
 
@@ -50,6 +50,7 @@ class Dnsmasqs:
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
+        self._started: dict[str, Child] = {}  # by `begin`, until `create` has waited for them
 
     def observe(self, look: Look | None = None) -> Iterable[Dnsmasq]:
         for processes in (look or Look(self._scope)).processes.values():
@@ -74,27 +75,22 @@ class Dnsmasqs:
             _not_given("dnsmasq", missing(NET_BIND_SERVICE, port=_DNS)) if wanted else []
         )
 
+    def begin(self, step: Sequence[Action]) -> None:
+        """See `netorch.system.InHalves`."""
+        for action in step:
+            if isinstance(action, Create):
+                self._started[action.key] = self._start(action.new)
+        if doomed := {action.key for action in step if isinstance(action, Delete)}:
+            tell_to_end(self._scope, self._running(doomed))
+
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        dnsmasq = program("dnsmasq")
-        if dnsmasq is None:
-            raise MissingError("dnsmasq is not installed", _INSTALL_DNSMASQ)
-        started = []
         for resource in wanted:
-            assert isinstance(resource, Dnsmasq)
-            for part, text in zip(
-                _PARTS, (resource.config, resource.hosts, resource.names), strict=True
-            ):
-                self._write(resource, part, text)
-            child = start(
-                self._scope,
-                msgspec.structs.replace(resource, hosts="", names=""),
-                [dnsmasq, f"--conf-file={self._path(resource, 'conf')}"],
-                log=self._path(resource, "log"),
-                capabilities=_CAPABILITIES,
-            )
-            started.append((resource, child))
+            if resource.key not in self._started:
+                self._started[resource.key] = self._start(resource)
+        started = [(resource, self._started.pop(resource.key)) for resource in wanted]
         errors: list[NetorchError] = []
         for resource, child in started:
+            assert isinstance(resource, Dnsmasq)
             if child.exit_status() == 0:
                 self._path(resource, "pending").unlink(missing_ok=True)
                 done(resource)
@@ -103,6 +99,27 @@ class Dnsmasqs:
             child.close()
         if errors:
             raise errors[0]
+
+    def _start(self, resource: Resource) -> Child:
+        assert isinstance(resource, Dnsmasq)
+        dnsmasq = program("dnsmasq")
+        if dnsmasq is None:
+            raise MissingError("dnsmasq is not installed", _INSTALL_DNSMASQ)
+        for part, text in zip(
+            _PARTS, (resource.config, resource.hosts, resource.names), strict=True
+        ):
+            self._write(resource, part, text)
+        return start(
+            self._scope,
+            msgspec.structs.replace(resource, hosts="", names=""),
+            [dnsmasq, f"--conf-file={self._path(resource, 'conf')}"],
+            log=self._path(resource, "log"),
+            capabilities=_CAPABILITIES,
+        )
+
+    def _running(self, keys: Set[str]) -> list[Marked]:
+        running = leaders(marked(self._scope))
+        return [process for key in keys for process in running.get(key, ())]
 
     def update(self, wanted: Sequence[Update], done: Callable[[Resource], None]) -> None:
         running = leaders(marked(self._scope))
@@ -122,8 +139,7 @@ class Dnsmasqs:
             done(new)
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        running = leaders(marked(self._scope))
-        end(self._scope, [process for old in unwanted for process in running.get(old.key, ())])
+        end(self._scope, self._running({old.key for old in unwanted}))
         for old in unwanted:
             assert isinstance(old, Dnsmasq)
             for part in (*_PARTS, "pending", "log"):

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import yaml
 
-from netorch.cli import cli
+from netorch.cli import find
+from netorch.command_line import parsed
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/ci.md", "docs/containers.md")
@@ -130,10 +130,9 @@ def test_every_netorch_command_is_one() -> None:
     shown = [(page, words[1:]) for page, words in commands() if words[0] == "netorch" != words[-1]]
     assert {page for page, _ in shown} >= set(PAGES)
     for page, (name, *arguments) in shown:
-        context = click.Context(cli)
-        command = cli.get_command(context, name)
+        command = find(name)
         assert command is not None, f"{page}: netorch {name}"
-        command.make_parser(click.Context(command)).parse_args(list(arguments))  # raises UsageError
+        parsed(command, arguments)  # raises UsageError
 
 
 def test_every_file_that_is_named_is_there() -> None:

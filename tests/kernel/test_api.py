@@ -4,6 +4,7 @@ import os
 import signal
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,32 @@ nics = [{ network = "lan", address = "192.168.122.1/24" }]
 
 [hosts.b]
 nics = [{ network = "lan", address = "192.168.122.2/24" }]
+"""
+NAT = (
+    TWO
+    + """
+[networks.default]
+bridge = "virbr0"
+address = "192.168.123.1/24"
+
+[hosts.c]
+nics = [{ network = "default" }]
+"""
+)
+# What the starter and its agent do, in one process.
+AGENT = """
+import os, sys
+from netorch import agents, wire
+from netorch.agent import Agent
+from netorch.topology import parse
+agents._import_all()
+before = set(sys.modules)
+topology = parse(sys.stdin.read(), "x.toml", ".")
+start = wire.Start(lab="imports", named=False, topology=topology, source="x.toml", private=True,
+    keep=False, uplink="none", environ={}, cwd=".")
+agent = Agent(start)
+agent.end()
+print(*sorted(set(sys.modules) - before))
 """
 ENDLESS = ["sleep", "1000"]
 
@@ -63,6 +90,15 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 def is_gone(name: str, run_dir: Path) -> bool:
     marked = [m for _pid, m in places.marked_processes() if m["NETORCH_LAB"] == name]
     return not marked and not (run_dir / name).exists()
+
+
+@pytest.mark.parametrize("topology", [TWO, NAT], ids=["hosts", "dhcp"])
+def test_no_agent_imports_anything(topology: str) -> None:
+    """Each of them would pay for it again."""
+    done = subprocess.run(
+        [sys.executable, "-c", AGENT], input=topology, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
 
 
 def test_a_lab_is_up_in_the_block_and_its_caller_stays_where_it_was(run_dir: Path) -> None:

@@ -77,12 +77,21 @@ def test_a_second_apply_is_silent(lab_machine: Make) -> None:
     machine = lab_machine()
     machine.write(LAB)
     machine.up()
+    files = _files(machine)
     monitor = Monitor()
     assert machine.apply().status == 0
     assert machine.netorch("status", machine.name).status == 0
     assert machine.netorch("plan", str(machine.file)).status == 0
     assert monitor.changes() == []
+    assert _files(machine) == files
     machine.down()
+
+
+def _files(machine: LabMachine) -> dict[str, tuple[int, int, int]]:
+    """All of the run directory, itself too, with what every write changes."""
+    paths = [machine.scope.run, *machine.scope.run.rglob("*")]
+    stats = {str(path): path.stat() for path in paths}
+    return {path: (s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats.items()}
 
 
 def _kill(machine: LabMachine, key: str) -> None:
