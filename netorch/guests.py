@@ -82,10 +82,12 @@ def argv(
     log: str,
     incoming: bool = False,
     ram: Ram | None = None,
+    spares: Sequence[str] = (),
 ) -> list[str]:
     """The command line. `accel` is kvm or tcg; `log`, from QEMU's directory, is the console's.
     Without a kernel the guest boots from a disk, or from the network; `incoming`, it does not boot,
-    and its state will come by QMP (migrate-incoming).
+    and its state will come by QMP (migrate-incoming). `spares` are the MACs of NICs without a
+    back-end, where a template's copies have theirs.
     """
     return [
         *(program, "-name", f"guest={guest.name},process=qemu:{guest.name}"),
@@ -105,6 +107,11 @@ def argv(
             word
             for index, nic in enumerate(guest.nics)
             for word in _nic(guest, index, nic, fds.nics[index])
+        ),
+        *(
+            word
+            for index, mac in enumerate(spares)
+            for word in _json("-device", nic_devices.spare(mac, guest.port_of(index)))
         ),
         *(boot_devices.kernel_options(boot.kernel) if boot.kernel else ()),
         *_disks(guest, fds.disks),

@@ -111,6 +111,11 @@ def device(nic: GuestNic, port: str = "") -> dict[str, object]:
     return frontend
 
 
+def spare(mac: str, port: str) -> dict[str, object]:
+    """The front-end of a virtio NIC, without its back-end."""
+    return {**MODELS["virtio-net-pci"], "mac": mac, "bus": port}
+
+
 def spec(plugged: Plugged) -> dict[str, object]:
     """The object that says what the NIC was made from; see `said`."""
     return carrier(device_id(plugged.nic.mac), plugged)

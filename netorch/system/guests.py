@@ -222,7 +222,7 @@ class Guests:
                 if process.template is None:
                     set_links(process.qmp, process.guest)
                 else:
-                    warm_starts.plug_all(self._scope, process.qmp, process.guest)
+                    warm_starts.give_nics(self._scope, process.qmp, process.template, process.guest)
                 saved.drop(self._scope, process.guest.name)
                 process.qmp.ask("cont")
                 if process.guest.vnc == "socket":  # QEMU made it, by the person's umask
@@ -260,7 +260,7 @@ class Guests:
         if process.saved:
             self._begin_loading(process)
         elif process.template is not None:
-            warm_starts.begin(process.qmp, process.template)
+            warm_starts.begin(process.qmp, process.template, process.guest)
 
     def _finish_loading(self, process: _Started) -> None:
         if process.saved:
@@ -295,7 +295,7 @@ class Guests:
             for name in ("qmp", "serial", "agent")
         )
         accel = accel_of(guest)
-        nics = guest.nics if source is None else ()  # a copy gets them later
+        nics = guest.nics if source is None or source.nics else ()  # a copy gets others later
         ends = tuple(open_ends(self._scope, guest.name, nic, accel, opened) for nic in nics)
         sets = itertools.count(1)
         files = tuple(

@@ -2,10 +2,14 @@
 
 Theory of operation
 -------------------
-To start a guest *warm* is to let QEMU take the state of one that was booted before, without a NIC,
-and stopped: its memory is a file that each copy maps privately (copy on write, so what no copy
-changes is in memory once), the devices' state is read by -incoming. Then a copy gets its NICs, as a
-running guest does, and goes on. See docs/guests-warm.md for what copies don't share.
+To start a guest *warm* is to let QEMU take the state of one that was booted before and stopped: its
+memory is a file that each copy maps privately (copy on write, so what no copy changes is in memory
+once), the devices' state is read by -incoming. See docs/guests-warm.md for what copies don't share.
+
+Where all NICs of a guest are plain ones (virtio, one queue), its template has as many, without a
+back-end, and the driver has let go of them. So a copy's QEMU has the device in its place, with what
+is behind it, and the guest gives it to the driver; the MAC in the state is replaced by the copy's
+own. Other NICs a copy gets as a running guest does, and its template has none.
 
 The cache directory (that of `netorch.system.tiny`) holds
 
@@ -26,7 +30,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +45,7 @@ from netorch.resources import Guest
 from netorch.system.cache import cache_directory
 from netorch.system.tiny import identity, tiny_image
 
-_FORMAT = 1  # to be raised when what is done to a template changes
+_FORMAT = 2  # to be raised when what is done to a template changes
 _KEPT = 8
 _NAME = "template"
 
@@ -60,9 +64,10 @@ _refused: dict[Path, Unfit] = {}  # not to be tried again by this process
 
 
 class Template(NamedTuple):
-    """A template in the cache."""
+    """A template in the cache. `nics` is how many of its copies' NICs it has: all or none."""
 
     directory: Path
+    nics: int
 
     @property
     def ram(self) -> Path:
@@ -72,9 +77,33 @@ class Template(NamedTuple):
     def state(self) -> Path:
         return self.directory / "state"
 
+    def state_for(self, macs: Sequence[str]) -> bytes:
+        """The state for a copy with these MACs. Raises OSError, Unfit."""
+        state = self.state.read_bytes()
+        for index in range(self.nics):
+            old = _bytes(_mac(index))
+            if old not in state:
+                raise Unfit(f"the state of its template does not hold {_mac(index)}")
+            state = state.replace(old, _bytes(macs[index]))
+        return state
+
     def discard(self) -> None:
         """Forget one that QEMU could not go on from."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _mac(index: int) -> str:
+    """Of a template's NIC: a locally administered one, which is "ntor" and the number."""
+    return f"02:6e:74:6f:72:{index:02x}"
+
+
+def _bytes(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))
+
+
+def nics_in_template(nics: Sequence[tuple[str, int]]) -> int:
+    """How many of a guest's NICs, by model and queues, its template has: all or none."""
+    return len(nics) if all(nic == ("virtio-net-pci", 1) for nic in nics) else 0
 
 
 def shape(guest: Guest) -> Guest:
@@ -109,8 +138,12 @@ def refusal(wanted: Wanted) -> str:
     return ""
 
 
-def template(qemu: str, guest: Guest, accel: str, progress: Callable[[str], None]) -> Template:
-    """The template for guests like `guest`, from the cache or else made now. Raises Unfit."""
+def template(
+    qemu: str, guest: Guest, nics: int, accel: str, progress: Callable[[str], None]
+) -> Template:
+    """The template for guests like `guest`, with so many NICs in it, from the cache or else made
+    now. Raises Unfit.
+    """
     plain = shape(guest)
     tiny = tiny_image(progress)
     cmdline = f"{tiny.cmdline} netorch.template netorch.hostname={_NAME}"
@@ -126,10 +159,12 @@ def template(qemu: str, guest: Guest, accel: str, progress: Callable[[str], None
             fds=fds,
             log="serial.log",
             ram=Ram(ram, private=False),
+            spares=[_mac(index) for index in range(nics)],
         )
 
     cache = cache_directory()
-    found = Template(cache / f"warm-{_key(qemu, words(Descriptors(0, 0, 0), Path('ram')))}")
+    key = _key(qemu, words(Descriptors(0, 0, 0), Path("ram")))
+    found = Template(cache / f"warm-{key}", nics)
     if _is_whole(found):
         os.utime(found.directory)
         return found

@@ -19,13 +19,15 @@
 #
 # With netorch.template on its command line, the guest gets ready to be copied (docs/guests-warm.md):
 # its copies go on from there, in other QEMUs. Each QEMU has an identity, a token and the guest's
-# name; where it isn't the one that was seen last, this is a copy: `wake`. A copy's way to its lease
-# is a hot-plugged NIC and nothing else, so what that needs stands first in this file: a shell reads
-# it as it goes.
+# name; where it isn't the one that was seen last, this is a copy: `wake`. Under TCG every piece of
+# code that a copy runs for the first time has to be translated anew, so what counts on its way to
+# the lease is how much different code there is: a shell that waits for it wakes up and gives the
+# driver its NICs, which are there, and starts udhcpc. NICs of other models are hot-plugged. What either needs stands first in this file: a shell reads it as it goes.
 
 export PATH=/sbin:/bin HOME=/root TERM=${TERM:-linux}
 
 IDENTITY=/sys/firmware/qemu_fw_cfg/by_name/opt/netorch/identity/raw
+VIRTIO_NET=/sys/bus/virtio/drivers/virtio_net
 
 # once NAME: true for the first caller in this boot only; noclobber makes it atomic. No subshell,
 # which would be a fork, and so not `:`, whose failed redirection would end the shell.
@@ -37,19 +39,26 @@ once() {
     return "$1"
 }
 
-# Take the name that this QEMU has for the guest, which is another one than the template's.
+# wake: true if this has become a copy since the last look. It then takes the name that this QEMU has
+# for the guest, which is another one than the template's, and the NICs that were kept for it.
 wake() {
-    [ -e $IDENTITY ] || return 0
+    [ -e $IDENTITY ] || return
     read -r token HOST_NAME < $IDENTITY # false: no newline ends it
-    once "identity.$token" && ! once woken || return 0
+    once "identity.$token" && ! once woken || return
     echo "$HOST_NAME" > /proc/sys/kernel/hostname
     : > /run/clock
+    number=0
+    for nic in $SPARE_NICS; do
+        echo "$nic" > $VIRTIO_NET/bind
+        begin "eth$number"
+        number=$((number + 1))
+    done
 }
 
 # begin NIC: udhcpc retries each second for ever, and stays to renew.
 begin() {
     once "dhcp.$1" || return 0
-    ip link set "$1" up
+    echo 0x1003 > "/sys/class/net/$1/flags" # up, broadcast, multicast: as `ip link set up`
     ask "$1"
 }
 
@@ -75,6 +84,63 @@ say() {
     echo "netorch-tiny: $*" > /dev/console
 }
 
+write_resolv() {
+    seen=
+    for file in /run/resolv.*; do
+        while read -r line; do
+            case $seen in *"|$line|"*) continue ;; esac
+            seen="$seen|$line|"
+            echo "$line"
+        done < "$file"
+    done > /etc/resolv.conf 2> /dev/null
+}
+
+as_dhcp() {
+    case $1 in
+        deconfig | leasefail)
+            # At the start of udhcpc there is nothing to take away, or it is to stay for a while.
+            [ ! -e "/run/keep.$interface" ] || exec rm "/run/keep.$interface"
+            [ -e "/run/lease.$interface" ] || exit 0
+            rm -f "/run/lease.$interface" "/run/resolv.$interface"
+            ip addr flush dev "$interface"
+            write_resolv
+            ;;
+        bound | renew)
+            read -r old 2> /dev/null < "/run/lease.$interface"
+            [ -z "$old" ] || [ "$old" = "$ip/$mask" ] || ip addr flush dev "$interface"
+            # By ioctl, ifconfig and route: `ip` and the kernel's netlink are much more code.
+            ifconfig "$interface" "$ip" netmask "$subnet" ${broadcast:+broadcast "$broadcast"} \
+                ${mtu:+mtu "$mtu"}
+            read -r index < "/sys/class/net/$interface/ifindex"
+            for gateway in $router; do
+                metric=$((100 + index))
+                { [ -z "$old" ] && route add default gw "$gateway" metric "$metric" dev "$interface"; } ||
+                    ip route replace default via "$gateway" dev "$interface" metric "$metric"
+                break
+            done
+            echo "$ip/$mask" > "/run/lease.$interface"
+            {
+                [ -z "$domain" ] || echo "search $domain"
+                for server in $dns; do
+                    echo "nameserver $server"
+                done
+            } > "/run/resolv.$interface"
+            write_resolv
+            [ -z "$hostname" ] || echo "$hostname" > /proc/sys/kernel/hostname
+            # Last: netorch takes this line for the sign that all is in place.
+            [ "$1 $old" = "renew $ip/$mask" ] || say "$interface $ip/$mask${router:+ gw ${router%% *}}"
+            [ -z "$AGENT" ] || kill -CONT "$AGENT"
+            ;;
+    esac
+}
+
+case $0 in
+    */dhcp)
+        as_dhcp "$1"
+        exit
+        ;;
+esac
+
 # The modaliases of devices that no driver has, of the given buses' devices.
 orphans() {
     for device in "$@"; do
@@ -96,10 +162,22 @@ ended() {
     write_resolv
 }
 
+# Nothing tells a shell that it goes on in another QEMU, so this looks, as long as it is in a template.
+# The listener and the agent have stood still since then (be_template), and do until the copy should
+# have its lease: what the one hears of these NICs is known, and the other looks ten times a second
+# whether the host is there.
+await_copy() {
+    until wake; do
+        read -r -t 0.005 none <&3
+    done
+    read -r -t 1 none <&3
+    kill -CONT "$AGENT"
+    killall -CONT mdev
+}
+
 # Look each second whether this has become a copy, and whether a link has come back.
 watch() {
-    mkfifo /run/never
-    exec 3<> /run/never
+    [ -z "$SPARE_NICS" ] || await_copy
     while :; do
         wake
         # Its clock has stood still since it was copied.
@@ -128,6 +206,7 @@ start_agent() {
         read -r role 2> /dev/null < "$port/name" || continue
         [ "$role" = org.qemu.guest_agent.0 ] && once agent || continue
         qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run > /run/qemu-ga.log 2>&1 &
+        export AGENT=$!
     done
 }
 
@@ -156,6 +235,7 @@ as_init() {
         esac
     done
     echo "${HOST_NAME:-tiny}" > /proc/sys/kernel/hostname
+    [ -z "$TEMPLATE" ] || exec init
     # Network class devices first, and for a virtio one (vendor 1af4) its driver with its bus's.
     nics=
     for device in /sys/bus/pci/devices/*; do
@@ -183,9 +263,11 @@ as_late() {
     mkdir -p /dev/pts /dev/shm
     mount -t devpts devpts /dev/pts
     mount -t tmpfs shm /dev/shm
-    [ -z "$TEMPLATE" ] || spare_nics
+    [ -z "$TEMPLATE" ] || keep_nics
     mdev -d > /dev/null 2>&1
-    watch &
+    mkfifo /run/never # to wait at
+    exec 3<> /run/never
+    [ -n "$TEMPLATE" ] || watch &
     load_all
     start_screen
     # A second look, for what came after the first one and before the listener was there.
@@ -193,8 +275,16 @@ as_late() {
     [ -z "$TEMPLATE" ] || be_template
 }
 
-# The drivers of NICs will be loaded by then: no shell is to be started to find that out.
-spare_nics() {
+# The NICs of a template have no cable, and are for its copies: their drivers are loaded, and let go.
+# No shell is to be started later to find out that there is nothing to be loaded for a NIC.
+keep_nics() {
+    modprobe -a -q -b virtio_pci virtio_net e1000 8139cp 2> /dev/null
+    for nic in $VIRTIO_NET/virtio*; do
+        [ ! -e "$nic" ] || SPARE_NICS="$SPARE_NICS ${nic##*/}"
+    done
+    for nic in $SPARE_NICS; do
+        echo "$nic" > $VIRTIO_NET/unbind
+    done
     rules=$(cat /etc/mdev.conf)
     for alias in 'pci:.*bc02.*' 'virtio:d00000001.*'; do
         rules="MODALIAS=$alias;.* 0:0 660 !
@@ -203,16 +293,19 @@ $rules"
     echo "$rules" > /etc/mdev.conf
 }
 
-# The drivers of NICs are loaded here, and it has to be able to tell that it is one.
+# It has to be able to tell that it is one. All that a kernel does in the first seconds after a boot
+# (the last modprobe goes, the agent starts, the clock is changed) should not be left to every copy.
 be_template() {
-    modprobe -a -q -b virtio_net e1000 8139cp 2> /dev/null
-    wake
     if [ ! -e $IDENTITY ]; then
         say "unfit to be copied: its kernel has no driver qemu_fw_cfg"
     elif [ ! -e /sys/bus/acpi/drivers/vmgenid ]; then
         say "unfit to be copied: its kernel has no driver vmgenid"
     else
+        wake # to have seen its own identity
+        read -r -t 3 none <&3
+        [ -z "$SPARE_NICS" ] || killall -STOP mdev qemu-ga
         say "fit to be copied"
+        watch # and no end of this process, which would be left to the copies
     fi
 }
 
@@ -244,45 +337,6 @@ as_hotplug() {
     [ "$ACTION $SUBSYSTEM" != "add virtio-ports" ] || start_agent
 }
 
-write_resolv() {
-    awk '!seen[$0]++' /run/resolv.* > /etc/resolv.conf 2> /dev/null
-}
-
-as_dhcp() {
-    case $1 in
-        deconfig | leasefail)
-            # At the start of udhcpc there is nothing to take away, or it is to stay for a while.
-            [ ! -e "/run/keep.$interface" ] || exec rm "/run/keep.$interface"
-            [ -e "/run/lease.$interface" ] || exit 0
-            rm -f "/run/lease.$interface" "/run/resolv.$interface"
-            ip addr flush dev "$interface"
-            write_resolv
-            ;;
-        bound | renew)
-            [ -z "$mtu" ] || ip link set "$interface" mtu "$mtu"
-            read -r old 2> /dev/null < "/run/lease.$interface"
-            [ -z "$old" ] || [ "$old" = "$ip/$mask" ] || ip addr flush dev "$interface"
-            ip addr replace "$ip/$mask" ${broadcast:+broadcast "$broadcast"} dev "$interface"
-            read -r index < "/sys/class/net/$interface/ifindex"
-            for gateway in $router; do
-                ip route replace default via "$gateway" dev "$interface" metric $((100 + index))
-                break
-            done
-            echo "$ip/$mask" > "/run/lease.$interface"
-            {
-                [ -z "$domain" ] || echo "search $domain"
-                for server in $dns; do
-                    echo "nameserver $server"
-                done
-            } > "/run/resolv.$interface"
-            write_resolv
-            [ -z "$hostname" ] || echo "$hostname" > /proc/sys/kernel/hostname
-            # Last: netorch takes this line for the sign that all is in place.
-            [ "$1 $old" = "renew $ip/$mask" ] || say "$interface $ip/$mask${router:+ gw ${router%% *}}"
-            ;;
-    esac
-}
-
 # The guest's memory is its root, so only mounted disks have anything to lose.
 stop() {
     sync
@@ -293,7 +347,6 @@ stop() {
 case $0 in
     /init) as_init ;;
     */late) as_late ;;
-    */dhcp) as_dhcp "$1" ;;
     */hotplug) as_hotplug ;;
     */reboot) stop reboot ;;
     */shutdown)

@@ -2,8 +2,8 @@
 
 Order, from a QEMU that waits for a state (-incoming defer) to a guest that runs:
 1. `begin` has QEMU read the template's state, `finish` waits until it has.
-2. The guest's NICs are plugged while it stands still, in their order: one interrupt tells it of all
-   of them when it goes on.
+2. NICs that are not in the template are plugged while the guest stands still, in their order: one
+   interrupt tells it of all of them when it goes on.
 3. `cont`, as after any start.
 A QEMU of an apply that was killed before that is observed as paused, or without some of its NICs,
 and the next apply does what is left (netorch.system.guest_changes).
@@ -25,10 +25,11 @@ from netorch.nic_devices import Plugged
 from netorch.resources import Guest
 from netorch.system import incoming, rundir
 from netorch.system.accel import accelerator
-from netorch.system.guest_changes import plug
+from netorch.system.guest_changes import plug, set_links
 from netorch.system.qmp import Qmp
 from netorch.system.scope import Scope
-from netorch.system.templates import Template, Unfit, refusal, template
+from netorch.system.templates import Template, Unfit, nics_in_template, refusal, template
+from netorch.topology_nics import model_of
 
 _IGNORE_SHARED = "x-ignore-shared"  # as the template was written: without its memory
 
@@ -43,7 +44,9 @@ def make_templates(
         guest = bare_guest(name, wanted)
         if len(wanted.nics) <= guest.ports:
             try:
-                template(qemu, guest, accel_of(guest), progress)
+                written = [(model_of(wanted, nic), nic.queues) for nic in wanted.nics]
+                nics = nics_in_template(written)
+                template(qemu, guest, nics, accel_of(guest), progress)
             except Unfit:
                 continue  # said by whoever starts it
 
@@ -69,7 +72,8 @@ class WarmStarts:
         reason, is_plain = refusal(wanted), True
         if not reason:
             try:
-                return template(qemu, guest, accel_of(guest), self._progress)
+                nics = nics_in_template([(nic.model, nic.queues) for nic in guest.nics])
+                return template(qemu, guest, nics, accel_of(guest), self._progress)
             except Unfit as unfit:
                 reason, is_plain = unfit.message, unfit.is_plain
         # What nobody has asked for, and can't be, is not worth a word.
@@ -86,13 +90,13 @@ def refuse(
     progress(f"{guest.name} starts cold: {error}")
 
 
-def begin(qmp: Qmp, source: Template) -> None:
-    """Raises QmpError, or OSError if the template is gone."""
-    state = os.open(source.state, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        incoming.begin(qmp, state, [_IGNORE_SHARED])
-    finally:
-        os.close(state)
+def begin(qmp: Qmp, source: Template, guest: Guest) -> None:
+    """Raises QmpError, Unfit, or OSError if the template is gone."""
+    content = source.state_for([nic.mac for nic in guest.nics])
+    with open(os.memfd_create("state"), "wb") as state:
+        state.write(content)
+        state.seek(0)
+        incoming.begin(qmp, state.fileno(), [_IGNORE_SHARED])
 
 
 def finish(qmp: Qmp) -> None:
@@ -102,7 +106,11 @@ def finish(qmp: Qmp) -> None:
     incoming.set_capabilities(qmp, [_IGNORE_SHARED], on=False)
 
 
-def plug_all(scope: Scope, qmp: Qmp, guest: Guest) -> None:
+def give_nics(scope: Scope, qmp: Qmp, source: Template, guest: Guest) -> None:
+    """Plug those that are not in the template, and take the links that the file has down."""
+    if source.nics:
+        set_links(qmp, guest)
+        return
     for index, nic in enumerate(guest.nics):
         plugged = Plugged(nic=nic, index=index, port=guest.port_of(index))
         plug(scope, qmp, guest.name, plugged, accel_of(guest))

@@ -12,7 +12,14 @@ import pytest
 from netorch import model
 from netorch.guests import Descriptors
 from netorch.system import template_birth, templates
-from netorch.system.templates import Template, Unfit, refusal, shape, template
+from netorch.system.templates import (
+    Template,
+    Unfit,
+    nics_in_template,
+    refusal,
+    shape,
+    template,
+)
 from netorch.system.tiny import TinyImage
 from tests.guest_shapes import guest, nic
 
@@ -36,9 +43,9 @@ class Maker:
             raise self.failure
         (into / "state").write_bytes(b"devices")
 
-    def template(self, **changes: object) -> Template:
+    def template(self, nics_in_it: int = 0, **changes: object) -> Template:
         vm = msgspec.structs.replace(VM, **changes)
-        return template("/bin/true", vm, "tcg", self.lines.append)
+        return template("/bin/true", vm, nics_in_it, "tcg", self.lines.append)
 
     def calls(self) -> int:
         return len([line for line in self.lines if line.startswith("making")])
@@ -61,6 +68,26 @@ def test_guests_of_one_shape_share_a_template(maker: Maker) -> None:
     assert (first.ram.read_bytes(), first.state.read_bytes()) == (b"memory", b"devices")
     others = [maker.template(memory=129), maker.template(cpus=2), maker.template(ports=5)]
     assert len({first, *others}) == 4
+    assert len({maker.template(number).directory for number in range(3)}) == 3
+
+
+def test_a_copy_gets_its_own_macs_in_the_state(maker: Maker) -> None:
+    made = maker.template(2)
+    macs = ("52:54:00:00:00:01", "52:54:00:00:00:02")
+    made.state.write_bytes(b"<\2ntor\0><\2ntor\1><\2ntor\0>")
+    state = made.state_for(macs)
+    assert state == b"<RT\0\0\0\1><RT\0\0\0\2><RT\0\0\0\1>"
+    made.state.write_bytes(b"<\2ntor\0>")
+    with pytest.raises(Unfit, match="02:6e:74:6f:72:01"):
+        made.state_for(macs)
+
+
+def test_a_template_has_plain_nics_or_none() -> None:
+    plain = ("virtio-net-pci", 1)
+    assert nics_in_template([]) == 0
+    assert nics_in_template([plain, plain]) == 2
+    assert nics_in_template([plain, ("e1000", 1)]) == 0
+    assert nics_in_template([("virtio-net-pci", 2)]) == 0
 
 
 @pytest.mark.parametrize("name", ["ram", "state", "manifest"])
