@@ -13,7 +13,6 @@ disks, and as these outlives a guest that is started again.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,6 +122,8 @@ class FlashFiles:
         return []
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
+        import shutil
+
         self._scope.disks.mkdir(mode=0o700, parents=True, exist_ok=True)
         for resource in wanted:
             assert isinstance(resource, Variables)

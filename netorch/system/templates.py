@@ -27,17 +27,15 @@ copies run is theirs for as long as they do.
 
 import fcntl
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from netorch.boot_devices import Kernel
+from netorch.digests import sha256
 from netorch.errors import NetorchError
 from netorch.guests import Boot, Descriptors, Ram, argv
 from netorch.model import Guest as Wanted
@@ -89,6 +87,8 @@ class Template(NamedTuple):
 
     def discard(self) -> None:
         """Forget one that QEMU could not go on from."""
+        import shutil
+
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -186,7 +186,7 @@ def _key(qemu: str, words: list[str]) -> str:
     shaped_by = [_FORMAT, program.st_size, program.st_mtime_ns, words]
     if "kvm" in words:
         shaped_by.append(_processor())
-    return sha256(msgspec.json.encode(shaped_by)).hexdigest()[:16]
+    return sha256(msgspec.json.encode(shaped_by).decode())[:16]
 
 
 def _processor() -> list[str]:
@@ -218,6 +218,9 @@ def _make(
     what: str,
     progress: Callable[[str], None],
 ) -> Template:
+    import shutil
+    import tempfile
+
     from netorch.system.template_birth import give_birth
 
     cache = wanted.directory.parent
@@ -246,6 +249,8 @@ def _make(
 
 
 def _make_room(cache: Path) -> None:
+    import shutil
+
     there = sorted(cache.glob("warm-*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for old in there[_KEPT:]:
         shutil.rmtree(old)

@@ -26,8 +26,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from netorch.errors import ImageError
 from netorch.system.cache import cache_directory
@@ -57,8 +57,7 @@ CMDLINE = " ".join(
 # which of them it was, if either, is not known.
 
 
-@dataclass(frozen=True)
-class TinyImage:
+class TinyImage(NamedTuple):
     """What QEMU needs for -kernel, -initrd and, as the start of it, -append.
 
     `vmlinuz` is the kernel as distributions have it, for firmware (UEFI) and other boot loaders;
