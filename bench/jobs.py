@@ -2,12 +2,16 @@
 
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from bench import labs, peers, traffic
-from bench.turns import Clock, Turn
+from bench.turns import SECONDS, Clock, Turn
+from netorch.system.watch import Watch
 
 
 class Tools(NamedTuple):
@@ -133,42 +137,58 @@ def _few(contenders: dict[str, Turn], **turns: int) -> dict[str, int]:
 
 def _guests(tools: Tools, count: int) -> Job:
     contenders: dict[str, Turn] = {
-        "netorch cold": _cold(tools, count),
+        "netorch cold": _netorch_guests(tools, count, "cold"),
         "script": lambda directory, clock: _script_guests(directory, clock, count),
+        "netorch warm": _netorch_guests(tools, count, "warm"),
     }
-    if _knows_start(tools):
-        contenders["netorch warm"] = _netorch_guests(tools, labs.guests(count, "warm"))
     if count == 1:
         contenders |= peers.one_guest()
     title = f"{count} guest{'s' if count > 1 else ''} from nothing to leases"
     few = {name: 3 for name in contenders if name.startswith("libvirt")}
-    return Job(f"D{count}", title, 5 if count < 8 else 3, contenders, few)
+    return Job(f"D{count}", title, 7 if count < 8 else 5, contenders, few)
 
 
 def _many_guests(tools: Tools, count: int) -> Job:
-    contenders = {"netorch warm": _netorch_guests(tools, labs.guests(count, "warm"))}
+    contenders = {"netorch warm": _netorch_guests(tools, count, "warm")}
     return Job(f"D{count}", f"{count} guests, warm", 1, contenders, {"netorch warm": 1})
 
 
-def _knows_start(tools: Tools) -> bool:
-    import subprocess
+def _netorch_guests(tools: Tools, count: int, start: str) -> Turn:
+    """Up is the whole command; leases is until dnsmasq has given the last one, which is what the
+    script waits for. The command waits until the guests have their addresses.
+    """
+    text = labs.guests(count, start)
 
-    said = subprocess.run([tools.netorch, "schema"], capture_output=True, text=True, check=True)
-    return "start" in json.loads(said.stdout)["$defs"]["Guest"]["properties"]
-
-
-def _cold(tools: Tools, count: int) -> Turn:
-    return _netorch_guests(tools, labs.guests(count, "cold" if _knows_start(tools) else ""))
-
-
-def _netorch_guests(tools: Tools, text: str) -> Turn:
     def turn(directory: Path, clock: Clock) -> None:
         file = _file(directory, text)
-        clock.run("up", [tools.netorch, "apply", str(file)])
+        with _leases(directory / "run", count) as came:
+            began = time.perf_counter()
+            clock.run("up", [tools.netorch, "apply", str(file)])
+        clock.note("leases", (came.result() - began) * 1000)
         clock.note("memory", 0.0, _proportional())
         clock.run("down", [tools.netorch, "teardown"])
 
     return turn
+
+
+@contextmanager
+def _leases(run: Path, count: int) -> Iterator[Future[float]]:
+    """The moment (perf_counter) in which dnsmasq of the lab `lab` has given `count` leases."""
+    file = run / "lab" / "dnsmasq-default.leases"
+    run.mkdir()
+
+    def wait() -> float:
+        with Watch() as watch:
+            watch.directory(run)
+            while True:
+                if file.parent.exists():
+                    watch.directory(file.parent)
+                if file.exists() and len(file.read_text().splitlines()) >= count:
+                    return time.perf_counter()
+                watch.wait(SECONDS)
+
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit(wait)
 
 
 def _proportional() -> float:
