@@ -21,8 +21,9 @@
 # its copies go on from there, in other QEMUs. Each QEMU has an identity, a token and the guest's
 # name; where it isn't the one that was seen last, this is a copy: `wake`. Under TCG every piece of
 # code that a copy runs for the first time has to be translated anew, so what counts on its way to
-# the lease is how much different code there is: a shell that waits for it wakes up and gives the
-# driver its NICs, which are there, and starts udhcpc. NICs of other models are hot-plugged. What either needs stands first in this file: a shell reads it as it goes.
+# the lease is how much different code there is: a shell that waits for it wakes up, gives the driver
+# its NICs, which are there, and starts udhcpc. NICs of other models are hot-plugged. What either
+# needs stands first in this file: a shell reads it as it goes.
 
 export PATH=/sbin:/bin HOME=/root TERM=${TERM:-linux}
 
