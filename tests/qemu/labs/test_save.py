@@ -84,9 +84,9 @@ def test_a_saved_guest_goes_on(machine: Machine) -> None:
 
 
 def _on_time(lab: Lab) -> None:
-    """Its clock is late by no more than the second that `date` leaves out, and the setting took."""
+    """Its clock is wrong by no more than a second, and `date` leaves out up to another one."""
     began = time.time()
-    assert began - 2 < int(lab.sh("vm1", "date +%s")) <= time.time()
+    assert began - 2 < int(lab.sh("vm1", "date +%s")) < time.time() + 1
 
 
 def _refused_as_another_one(lab: Lab) -> None:
