@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import goals, peers
+from bench import goals, peers, summary
 from bench.jobs import Job, Tools, all_jobs
 from bench.turns import Figure, measure
 
@@ -62,6 +62,8 @@ def main() -> None:
         },
     }
     (RESULTS / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
+    if not letters:
+        summary.main()
 
 
 def _run(job: Job, scratch: Path, quick: bool) -> dict[str, dict[str, Figure]]:
