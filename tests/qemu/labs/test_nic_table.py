@@ -89,6 +89,8 @@ def topology(ends: list[End]) -> str:
         nics = ",\n    ".join(end.toml for end in ends if end.guest == guest)
         machine = "microvm" if guest == "micro" else "q35"
         text += f'[guests.{guest}]\nmachine = "{machine}"\nnics = [\n    {nics},\n]\n'
+        if guest == "far":  # it asks for no address, so nothing else says that its agent is there
+            text += 'ready = "agent"\n'
     return text
 
 
