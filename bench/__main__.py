@@ -1,6 +1,7 @@
 """Runs the jobs and writes the table: `scripts/bench [LETTER...]`. Needs root (namespaces).
 
-With --quick, one turn of each and nothing written: to try the bench, not to measure.
+With letters, these jobs take the place of theirs in bench/results, if the machine is the same. With
+--quick, one turn of each and nothing written: to try the bench, not to measure.
 """
 
 import json
@@ -12,13 +13,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from bench import goals, peers, summary
 from bench.jobs import Job, Tools, all_jobs
 from bench.turns import Figure, measure
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 
 # What a figure is divided by: the first of these that took part.
 BASES = ("script", "C floor", "bare interpreter", "kernel")
@@ -29,41 +30,56 @@ def main() -> None:
     quick = "--quick" in sys.argv
     letters = [word for word in sys.argv[2:] if word != "--quick"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    began = time.time()
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         tools = _tools(venv, Path(scratch))
         os.environ["BENCH_TINY"] = _tiny(tools)
-        jobs = [job for job in all_jobs(tools) if not letters or job.letter in letters]
-        found, took = {}, {}
-        for job in jobs:
-            start = time.time()
-            found[job.letter] = _run(job, Path(scratch), quick)
-            took[job.letter] = round(time.time() - start)
-            print(f"{job.letter} took {took[job.letter]} s", file=sys.stderr, flush=True)
-    machine = _machine(tools)
-    absent = peers.missing()
-    text = _table(jobs, found, machine) + _notes(took, absent)
+        results: dict[str, Any] = {
+            "machine": _machine(tools),
+            "left out": peers.missing(),
+            "jobs": {
+                job.letter: _measured(job, Path(scratch), quick)
+                for job in all_jobs(tools)
+                if not letters or job.letter in letters
+            },
+        }
+    if letters and not quick:
+        results = _merged(results)
+    text = _table(results) + _notes(results)
     print(text)
     if quick:
         return
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "results.md").write_text(text)
-    whole = {
-        "machine": machine,
-        "seconds": round(time.time() - began),
-        "left out": absent,
-        "jobs": {
-            job.letter: {
-                "title": job.title,
-                "seconds": took[job.letter],
-                "figures": _plain(found[job.letter]),
-            }
-            for job in jobs
-        },
+    summary.RESULTS.parent.mkdir(exist_ok=True)
+    summary.RESULTS.with_suffix(".md").write_text(text)
+    summary.RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    summary.main()
+
+
+def _measured(job: Job, scratch: Path, quick: bool) -> dict[str, Any]:
+    load, began = os.getloadavg()[2], time.time()
+    found = _run(job, scratch, quick)
+    seconds = round(time.time() - began)
+    print(f"{job.letter} took {seconds} s", file=sys.stderr, flush=True)
+    figures = {
+        name: {label: figure._asdict() for label, figure in of.items()}
+        for name, of in found.items()
     }
-    (RESULTS / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
-    if not letters:
-        summary.main()
+    return {
+        "title": job.title,
+        "date": time.strftime("%F %R"),
+        "load before": round(load, 1),
+        "seconds": seconds,
+        "figures": figures,
+    }
+
+
+def _merged(new: dict[str, Any]) -> dict[str, Any]:
+    """The committed results with these jobs instead of theirs: what is compared is in one job."""
+    if not summary.RESULTS.exists():
+        return new
+    old = json.loads(summary.RESULTS.read_text())
+    if old["machine"] != new["machine"]:
+        sys.exit(f"the results there are of another machine, so measure all: {old['machine']}")
+    return {**new, "jobs": {**old["jobs"], **new["jobs"]}}
 
 
 def _run(job: Job, scratch: Path, quick: bool) -> dict[str, dict[str, Figure]]:
@@ -105,13 +121,11 @@ def _machine(tools: Tools) -> dict[str, str]:
     )
     qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True)
     return {
-        "date": time.strftime("%F"),
         "cpu": f"{os.cpu_count()} x {model}",
         "kernel": platform.release(),
         "python": _python(tools),
         "qemu": qemu.stdout.splitlines()[0] if qemu.stdout else "none",
         "accelerator": "TCG",
-        "load before": f"{os.getloadavg()[2]:.1f}",
     }
 
 
@@ -122,22 +136,13 @@ def _python(tools: Tools) -> str:
     return said.stdout.strip()
 
 
-def _plain(found: dict[str, dict[str, Figure]]) -> dict[str, dict[str, dict[str, float]]]:
-    return {
-        name: {label: figure._asdict() for label, figure in figures.items()}
-        for name, figures in found.items()
-    }
-
-
-def _table(
-    jobs: list[Job],
-    found: dict[str, dict[str, dict[str, Figure]]],
-    machine: dict[str, str],
-) -> str:
+def _table(results: dict[str, Any]) -> str:
+    found = goals.figures(results)
+    machine = ", ".join(f"{key}: {value}" for key, value in results["machine"].items())
     lines = [
         "# Results of scripts/bench",
         "",
-        ", ".join(f"{key}: {value}" for key, value in machine.items()) + ".",
+        f"{machine}.",
         "",
         "Whole commands, from spawn to exit, in milliseconds: the median, and the lowest and the",
         "highest turn. The ratio is to the first of script, C floor, bare interpreter and the bare",
@@ -147,39 +152,41 @@ def _table(
         "| job | | contender | ms | lowest - highest | ratio | peak MiB |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
-    for job in jobs:
-        figures = found[job.letter]
+    for letter, figures in found.items():
+        title = f"{letter} {results['jobs'][letter]['title']}"
         for label in dict.fromkeys(label for of in figures.values() for label in of):
             for name, of in figures.items():
                 if label in of:
-                    lines.append(_row(job, label, name, of[label], _base(figures, label)))
+                    lines.append(_row(title, label, name, of[label], _base(figures, label)))
     if goals.goals(found):
         lines += ["", "The goals, as ratios where no unit is given:", ""]
         lines += goals.table(found)
     return "\n".join(lines) + "\n"
 
 
-def _notes(took: dict[str, int], absent: dict[str, str]) -> str:
-    jobs = ", ".join(f"{letter} {seconds} s" for letter, seconds in took.items())
-    lines = ["", f"All of it took {sum(took.values()) / 60:.0f} minutes: {jobs}."]
-    lines += [f"Left out: {peer}: {reason}." for peer, reason in absent.items()]
+def _notes(results: dict[str, Any]) -> str:
+    jobs = results["jobs"].items()
+    lines = ["", "| job | measured | load before | took |", "|---|---|---:|---:|"]
+    lines += [
+        f"| {letter} | {job['date']} | {job['load before']} | {job['seconds']} s |"
+        for letter, job in jobs
+    ]
+    lines += ["", f"In all {sum(job['seconds'] for _, job in jobs) / 60:.0f} minutes."]
+    lines += [f"Left out: {peer}: {reason}." for peer, reason in results["left out"].items()]
     return "\n".join(lines) + "\n"
 
 
-def _base(figures: dict[str, dict[str, Figure]], label: str) -> float | None:
+def _base(figures: goals.Figures, label: str) -> float | None:
     return next((figures[b][label].ms for b in BASES if label in figures.get(b, {})), None)
 
 
-def _row(job: Job, label: str, name: str, figure: Figure, base: float | None) -> str:
+def _row(title: str, label: str, name: str, figure: Figure, base: float | None) -> str:
     ratio = f"{figure.ms / base:.2f}" if base else ""
     if label == "memory":
-        return f"| {job.letter} | PSS of all | {name} | | | | {figure.mib:.0f} |"
+        return f"| {title} | PSS of all | {name} | | | | {figure.mib:.0f} |"
     mib = f"{figure.mib:.0f}" if figure.mib else ""
     spread = f"{figure.low:.1f} - {figure.high:.1f}"
-    return (
-        f"| {job.letter} {job.title} | {label} | {name} | {figure.ms:.1f} | {spread} | {ratio} | "
-        f"{mib} |"
-    )
+    return f"| {title} | {label} | {name} | {figure.ms:.1f} | {spread} | {ratio} | {mib} |"
 
 
 main()

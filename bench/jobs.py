@@ -32,6 +32,17 @@ class Job(NamedTuple):
     few: dict[str, int] = {}  # noqa: RUF012 (never changed)
 
 
+# What there is of a command before it does anything: the interpreter, and all that `apply` imports.
+_START_UP = """
+import gc
+gc.set_threshold(100_000)
+import netorch.cli, netorch.command_line, netorch.labs, netorch.report
+import netorch.system.adapters, netorch.system.conflicts, netorch.system.facts
+import netorch.system.hosts, netorch.system.services, nftables
+gc.freeze()
+"""
+
+
 def all_jobs(tools: Tools) -> list[Job]:
     return [
         _start_up(tools),
@@ -47,11 +58,11 @@ def all_jobs(tools: Tools) -> list[Job]:
 
 
 def _netorch(tools: Tools, text: str, extra: Callable[[Clock, Path], None] | None = None) -> Turn:
-    """Check, up, the same again, status, and down."""
+    """Start-up, up, the same again, status, and down."""
 
     def turn(directory: Path, clock: Clock) -> None:
         file = _file(directory, text)
-        clock.run("check", [tools.netorch, "check", str(file)])
+        clock.run("start-up", [tools.python, "-c", _START_UP])
         clock.run("up", [tools.netorch, "apply", str(file)])
         clock.run("again", [tools.netorch, "apply", str(file)])
         clock.run("status", [tools.netorch, "status"])
@@ -264,6 +275,7 @@ def _networks(tools: Tools) -> Job:
     def of(count: int) -> Turn:
         def turn(directory: Path, clock: Clock) -> None:
             file = _file(directory, labs.networks(count))
+            clock.run("start-up", [tools.python, "-c", _START_UP])
             clock.run("check", [tools.netorch, "check", str(file)])
             clock.run("plan", [tools.netorch, "plan", str(file)], status=3)
             clock.run("up", [tools.netorch, "apply", str(file)])

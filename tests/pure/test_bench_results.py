@@ -3,7 +3,6 @@
 import json
 
 from bench import goals, summary
-from bench.turns import Figure
 
 
 def test_the_readmes_table_is_that_of_the_results() -> None:
@@ -16,13 +15,7 @@ def test_the_readmes_table_is_that_of_the_results() -> None:
 def test_a_missed_goal_is_in_what_is_left() -> None:
     """Each one stands in docs/performance.md, by the words of the table, with what explains it."""
     results = json.loads(summary.RESULTS.read_text())
-    found = {
-        letter: {
-            name: {label: Figure(**figure) for label, figure in figures.items()}
-            for name, figures in job["figures"].items()
-        }
-        for letter, job in results["jobs"].items()
-    }
+    found = goals.figures(results)
     missed = [goal.what for goal in goals.goals(found) if not goal.reached]
     explained = (summary.ROOT / "docs" / "performance.md").read_text().partition("## What is left")
     assert [what for what in missed if what not in explained[2]] == []
