@@ -25,7 +25,6 @@ the template is made again. The most recently used templates are kept; one that 
 copies run is theirs for as long as they do.
 """
 
-import fcntl
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -40,7 +39,7 @@ from netorch.errors import NetorchError
 from netorch.guests import Boot, Descriptors, Ram, argv
 from netorch.model import Guest as Wanted
 from netorch.resources import Guest
-from netorch.system.cache import cache_directory
+from netorch.system.cache import alone, cache_directory
 from netorch.system.tiny import identity, tiny_image
 
 _FORMAT = 2  # to be raised when what is done to a template changes
@@ -224,17 +223,9 @@ def _make(
     from netorch.system.template_birth import give_birth
 
     cache = wanted.directory.parent
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "warm.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another netorch, which is making a template")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(cache, "warm", "is making a template", progress):
         if _is_whole(wanted):
             return wanted
-        for leftover in cache.glob(".warm-*"):
-            shutil.rmtree(leftover)
         progress(f"making a template of {what}, by booting it (once)")
         with tempfile.TemporaryDirectory(prefix=".warm-", dir=cache) as scratch:
             made = Path(scratch, "template")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from netorch.errors import ImageError
-from netorch.system.cache import cache_directory
+from netorch.system.cache import alone, cache_directory
 
 _FORMAT = 8  # to be raised when the builder changes what it puts into an image
 _INIT = Path(__file__).with_name("tiny-init.sh")
@@ -107,25 +107,16 @@ def _in(directory: Path) -> TinyImage:
 
 
 def _build(pointer: Path, init: bytes, progress: Callable[[str], None]) -> TinyImage:
-    import fcntl
     import shutil
     import tempfile
 
     from netorch.system.tiny_build import build
 
     cache = pointer.parent
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "tiny.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another netorch, which is building the image tiny")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(cache, "tiny", "is building the image tiny", progress):
         image = _read(pointer)
         if image is not None:
             return image
-        for leftover in cache.glob(".tiny-*"):
-            shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix=".tiny-", dir=cache) as scratch:
             result = Path(scratch, "image")
             result.mkdir()
