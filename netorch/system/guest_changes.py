@@ -102,7 +102,7 @@ class Running:
         """Links that are to be down, and those of NICs whose network has changed, for a moment."""
         for _index, nic, old in self._kept:
             if (nic.link == "down" and old.nic.link == "up") or self._has_moved(nic, old.nic):
-                self._set_link(nic, up=False)
+                _set_link(self.qmp, nic, up=False)
 
     @property
     def pause(self) -> float:
@@ -120,7 +120,7 @@ class Running:
         if asking:
             note_start(self._scope, [nic_key(nic.mac) for nic in asking])
         for nic in asking:
-            self._set_link(nic, up=True)
+            _set_link(self.qmp, nic, up=True)
         for index, nic, old in self._kept:
             new = Plugged(nic=nic, index=index, port=old.port)
             if new != old:
@@ -141,9 +141,6 @@ class Running:
     @staticmethod
     def _has_moved(new: GuestNic, old: GuestNic) -> bool:
         return new.network != old.network and new.link == "up"
-
-    def _set_link(self, nic: GuestNic, up: bool) -> None:
-        self.qmp.ask("set_link", {"name": netdev_id(nic.mac), "up": up})
 
     def _clear(self, name: str, plugged: Plugged) -> None:
         """What is left of a NIC without its device: any part of it may be missing."""
@@ -167,7 +164,7 @@ def plug(scope: Scope, qmp: Qmp, guest: str, plugged: Plugged, accel: str) -> No
     qmp.ask("netdev_add", netdev(nic, Ends(queues, vhost)))
     qmp.ask("device_add", device(nic, plugged.port))
     if nic.link == "down":
-        qmp.ask("set_link", {"name": netdev_id(nic.mac), "up": False})
+        _set_link(qmp, nic, up=False)
 
 
 def _hand_over(qmp: Qmp, name: str, fds: Sequence[int | str]) -> list[str]:
@@ -182,7 +179,7 @@ def set_links(qmp: Qmp, guest: Guest) -> None:
     """Take the links that the file has down, from a guest that has not begun to run."""
     for nic in guest.nics:
         if nic.link == "down":
-            qmp.ask("set_link", {"name": netdev_id(nic.mac), "up": False})
+            _set_link(qmp, nic, up=False)
 
 
 def change(
@@ -236,6 +233,10 @@ def _pause(guests: Sequence[Running]) -> None:
             pidfd = os.pidfd_open(running.process.pid)
             wait_exit(pidfd, running.pause)
             os.close(pidfd)
+
+
+def _set_link(qmp: Qmp, nic: GuestNic, up: bool) -> None:
+    qmp.ask("set_link", {"name": netdev_id(nic.mac), "up": up})
 
 
 def _queue_name(mac: str, queue: int) -> str:
