@@ -12,7 +12,7 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,15 @@ from netorch.system import namespaces
 from netorch.system.scope import Scope
 
 _ORDINARY = namespaces.NEWNET | namespaces.NEWNS
+
+# What is to be done at the end of the body that runs now; None outside of one.
+_at_end: list[Callable[[], None]] | None = None
+
+
+def at_end(do: Callable[[], None]) -> None:
+    """Do this when the test's body has ended, in its namespaces. Only for what runs in a body."""
+    assert _at_end is not None, "outside of the body, in namespaces that all tests share"
+    _at_end.append(do)
 
 
 def run(item: pytest.Function) -> None:
@@ -55,11 +64,17 @@ def run(item: pytest.Function) -> None:
 
 
 def _outcome(item: pytest.Function, arguments: dict[str, Any]) -> tuple[str, str]:
+    global _at_end
     try:
         refused = _enter()
         if refused:
             return "skipped", refused
-        item.obj(**arguments)
+        _at_end = []
+        try:
+            item.obj(**arguments)
+        finally:
+            for do in reversed(_at_end):
+                do()
     except pytest.skip.Exception as skipped:
         return "skipped", str(skipped)
     except (

@@ -3,28 +3,19 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from netorch.errors import KernelError
 from netorch.resources import DhcpClient
 from netorch.system.endings import endings
-from netorch.system.processes import end, leaders, marked
+from netorch.system.processes import leaders, marked
 from netorch.system.scope import Scope, current_place
 from netorch.system.starting import Child, Start, start_all
 from netorch.system.watch import Watch
 
 SECONDS = 20
 LIMIT = 2 << 20
-
-
-@pytest.fixture
-def lab(scope: Callable[..., Scope]) -> Iterator[Scope]:
-    lab = scope()
-    yield lab
-    end(lab, marked(lab))
 
 
 def begin(scope: Scope, name: str, script: str, apart: bool = False) -> Start:
@@ -50,7 +41,8 @@ def wait_for(directory: Path, satisfied: Callable[[], bool]) -> None:
             watch.wait(deadline - time.monotonic())
 
 
-def test_how_each_child_ended_is_noted(lab: Scope) -> None:
+def test_how_each_child_ended_is_noted(scope: Callable[..., Scope]) -> None:
+    lab = scope()
     scripts = {"good": "exit 0", "bad": "echo no disk >&2; exit 3", "ugly": "kill -SEGV $$"}
     children = start_all(lab, [begin(lab, name, text) for name, text in scripts.items()])
     for name, child in zip(scripts, children, strict=True):
@@ -70,7 +62,8 @@ def test_how_each_child_ended_is_noted(lab: Scope) -> None:
     assert set(endings(lab)) == {"good", "ugly"}
 
 
-def test_one_that_cannot_start_does_not_stop_the_others(lab: Scope) -> None:
+def test_one_that_cannot_start_does_not_stop_the_others(scope: Callable[..., Scope]) -> None:
+    lab = scope()
     absent = begin(lab, "absent", "")._replace(argv=["/nonexistent"])
     refused, child = start_all(lab, [absent, begin(lab, "vm1", "exec sleep 100")])
     assert isinstance(refused, KernelError)
@@ -79,7 +72,8 @@ def test_one_that_cannot_start_does_not_stop_the_others(lab: Scope) -> None:
     assert not child.has_ended(0)
 
 
-def test_an_empty_namespace_is_shared_by_those_that_want_one(lab: Scope) -> None:
+def test_an_empty_namespace_is_shared_by_those_that_want_one(scope: Callable[..., Scope]) -> None:
+    lab = scope()
     starts = [begin(lab, f"vm{i}", "exec sleep 100", apart=i != 1) for i in range(3)]
     children = [child for child in start_all(lab, starts) if isinstance(child, Child)]
     places = [os.stat(f"/proc/{child.pid}/ns/net").st_ino for child in children]
@@ -98,7 +92,8 @@ def _has(pid: int, name: str) -> bool:
     return f"{name}:" in Path(f"/proc/{pid}/net/dev").read_text()
 
 
-def test_a_log_is_cut_while_it_is_written(lab: Scope) -> None:
+def test_a_log_is_cut_while_it_is_written(scope: Callable[..., Scope]) -> None:
+    lab = scope()
     log = lab.run / "guests" / "vm1" / "serial.log"
     chatter = "yes 'a line of the console' | head -c 9000000 >> serial.log; exec sleep 100"
     start_all(lab, [begin(lab, "vm1", chatter)])

@@ -14,11 +14,7 @@ VOLUME = Volume(guest="vm1", disk="data", size=1 << 20)
 LARGER = Volume(guest="vm1", disk="data", size=2 << 20)
 
 
-@pytest.fixture
-def lab(scope: Callable[..., Scope]) -> Scope:
-    if program("qemu-img") is None:
-        pytest.skip("qemu-img is not installed")
-    return scope()
+pytestmark = pytest.mark.skipif(program("qemu-img") is None, reason="qemu-img is not installed")
 
 
 def written(lab: Scope, adapter: Disks, disk: Volume) -> tuple[Path, bytes]:
@@ -34,8 +30,8 @@ def nothing(resource: Resource) -> None:
     pass
 
 
-def test_a_deleted_disk_comes_back_when_it_is_created_again(lab: Scope) -> None:
-    adapter = Disks(lab)
+def test_a_deleted_disk_comes_back_when_it_is_created_again(scope: Callable[..., Scope]) -> None:
+    adapter = Disks(lab := scope())
     path, contents = written(lab, adapter, VOLUME)
     adapter.delete([VOLUME], nothing)
     assert list(adapter.observe()) == []
@@ -45,8 +41,10 @@ def test_a_deleted_disk_comes_back_when_it_is_created_again(lab: Scope) -> None:
     assert list(adapter.observe()) == [VOLUME]
 
 
-def test_a_rollback_brings_back_the_disk_that_another_has_replaced(lab: Scope) -> None:
-    adapter = Disks(lab)
+def test_a_rollback_brings_back_the_disk_that_another_has_replaced(
+    scope: Callable[..., Scope],
+) -> None:
+    adapter = Disks(lab := scope())
     path, contents = written(lab, adapter, VOLUME)
     image = lab.run / "base.img"
     image.write_bytes(bytes(1 << 20))
@@ -59,8 +57,10 @@ def test_a_rollback_brings_back_the_disk_that_another_has_replaced(lab: Scope) -
     assert path.read_bytes() == contents
 
 
-def test_what_an_apply_has_deleted_is_gone_when_it_has_come_through(lab: Scope) -> None:
-    adapter = Disks(lab)
+def test_what_an_apply_has_deleted_is_gone_when_it_has_come_through(
+    scope: Callable[..., Scope],
+) -> None:
+    adapter = Disks(lab := scope())
     _path, contents = written(lab, adapter, VOLUME)
     adapter.delete([VOLUME], nothing)
     forget_removed(lab)
