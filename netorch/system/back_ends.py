@@ -11,15 +11,17 @@ should be: QEMU has noticed that the socket is closed, and is asked (`severed`).
 import contextlib
 import errno
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from netorch.errors import MissingError, NetorchError
+from netorch.errors import MissingError, NetorchError, dotted
 from netorch.nic_devices import WIRES, Ends, netdev_id, passt_options, wants_vhost
 from netorch.resources import Guest, GuestNic, Passt
 from netorch.system.guest_processes import directory_of
 from netorch.system.guest_taps import open_queues
+from netorch.system.qemu_devices import QemuDevices
 from netorch.system.qmp import Qmp
 from netorch.system.scope import Scope
 from netorch.system.starting import program, start
@@ -28,6 +30,16 @@ _VHOST = "/dev/vhost-net"
 _PASST_SECONDS = 10.0
 _NO_PASST = "passt is not installed"
 _INSTALL_PASST = 'install passt, or use backend = "user"'
+_OTHERWISE = 'use model = "rtl8139" or a virtio one, or backend = "user"'
+
+# Which models' frames a passt can't take, and from when on it can.
+# QEMU pads what an e1000 sends to the least length of an Ethernet frame. A passt from before this
+# day (its commit d8c4f23) drops that, a TCP connection's bare acknowledgements among it.
+_PADS, _TAKES_PADDED = "e1000", "20230829"
+_DATE = re.compile(r"(20\d\d)_?(\d\d)_?(\d\d)")
+# QEMU cuts what these leave to be segmented into IP fragments (hw/net/net_tx_pkt.c), which passt
+# drops; from this version on into TCP segments.
+_FRAGMENT, _SEGMENTS = ("e1000e", "vmxnet3"), (8, 0)
 
 
 def open_ends(
@@ -49,11 +61,40 @@ def wire_path(scope: Scope, nic: GuestNic) -> Path:
     return scope.run / WIRES / f"{nic.wire}.{nic.end}"
 
 
-def missing_passt(guests: Iterable[Guest]) -> Iterator[str]:
-    """Why guests can't have the passt that they need."""
-    wanted = [guest.name for guest in guests if list(parts(guest))]
-    if wanted and program("passt") is None:
-        yield f"{_NO_PASST}, which guest {', '.join(wanted)} needs: {_INSTALL_PASST}"
+def passt_reasons(guests: Iterable[Guest], devices: QemuDevices) -> Iterator[str]:
+    """Why guests can't have the passt that they need, a sentence each."""
+    wanted = [guest for guest in guests if list(parts(guest))]
+    path = program("passt")
+    if wanted and path is None:
+        names = ", ".join(guest.name for guest in wanted)
+        yield f"{_NO_PASST}, which guest {names} needs: {_INSTALL_PASST}"
+    nics = [
+        (dotted(("guests", guest.name, "nics", index, "model")), nic.model)
+        for guest in wanted
+        for index, nic in enumerate(guest.nics)
+        if nic.backend == "passt"
+    ]
+    version = devices.version
+    for key, model in nics:
+        if model == _PADS and path is not None and not _takes_padded(path):
+            yield (
+                f"{key}: the installed passt is from before 2023-08-29, or doesn't say its date: "
+                f"it drops the short frames of an {model}, and TCP with them; {_OTHERWISE}"
+            )
+        elif model in _FRAGMENT and version is not None and version < _SEGMENTS:
+            yield (
+                f"{key}: the installed QEMU, from before 8.0, sends TCP from {model} in IP "
+                f"fragments, which passt drops; {_OTHERWISE}"
+            )
+
+
+def _takes_padded(passt: str) -> bool:
+    """By the date in its version, such as 2024_06_24.1ee2eca or 0.0~git20250503.587980c-2."""
+    import subprocess
+
+    done = subprocess.run([passt, "--version"], capture_output=True, text=True, check=False)
+    date = _DATE.search(done.stdout.partition("\n")[0])
+    return date is not None and "".join(date.groups()) >= _TAKES_PADDED
 
 
 def parts(guest: Guest) -> Iterator[Passt]:

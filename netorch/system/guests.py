@@ -31,9 +31,9 @@ from netorch.planner import Update
 from netorch.resources import Guest, Resource
 from netorch.system import boots, disk_checks, incoming, saved, warm_starts
 from netorch.system.back_ends import (
-    missing_passt,
     open_ends,
     parts,
+    passt_reasons,
     wire_path,
 )
 from netorch.system.disk_snapshots import writable_disks
@@ -111,8 +111,8 @@ class Guests:
         if guests and qemu is None:
             reasons.append(f"{QEMU} is not installed: {_INSTALL_QEMU}")
         if guests and qemu is not None:
-            reasons += lacking(guests, qemu_devices(qemu))
-            reasons += missing_passt(guests)
+            devices = qemu_devices(qemu)
+            reasons += [*lacking(guests, devices), *passt_reasons(guests, devices)]
         if any(guest.image == "tiny" for guest in guests):
             reasons += self._tiny_reasons()
         reasons += [reason for guest in guests for reason in boots.reasons(guest)]

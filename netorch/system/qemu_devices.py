@@ -7,6 +7,7 @@ under the identity of the binary: path, size and time of change.
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from netorch.nic_devices import TYPES
 from netorch.resources import Guest
 from netorch.system.cache import cache_directory
 
+_Q35 = re.compile(r"pc-q35-(\d+)\.(\d+)")
+
 
 class QemuDevices(msgspec.Struct, frozen=True):
     """Names as -machine, -device and -netdev take them."""
@@ -24,6 +27,12 @@ class QemuDevices(msgspec.Struct, frozen=True):
     machines: tuple[str, ...]
     nics: tuple[str, ...]
     netdevs: tuple[str, ...]
+
+    @property
+    def version(self) -> tuple[int, int] | None:
+        """Of its newest machine; None where a distribution names machines its own way."""
+        found = [_Q35.fullmatch(machine) for machine in self.machines]
+        return max(((int(one[1]), int(one[2])) for one in found if one), default=None)
 
 
 class _Known(msgspec.Struct):

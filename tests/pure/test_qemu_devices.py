@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from netorch.errors import NetorchError
-from netorch.system.qemu_devices import lacking, qemu_devices
+from netorch.system.back_ends import passt_reasons
+from netorch.system.qemu_devices import QemuDevices, lacking, qemu_devices
 from tests.guest_shapes import back_end, guest, nic
 
 # Answers of QEMU 7.2, shortened; each question leaves a line.
@@ -82,3 +83,48 @@ def test_a_program_that_does_not_answer_as_qemu_is_an_error(qemu: Path) -> None:
     qemu.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
     with pytest.raises(NetorchError, match=r"failed to ask \S+ for its devices: broken"):
         qemu_devices(str(qemu))
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [
+        ("passt unknown version", True),  # Debian 12
+        ("passt 2023_08_18.0af928e", True),
+        ("passt 0.0~git20240220.1e6f92b-1", False),
+        ("passt 0^20240426.gd03c4e2-1.fc40.x86_64", False),
+    ],
+)
+def test_a_passt_that_drops_padded_frames_is_refused_for_an_e1000(
+    version: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passt = tmp_path / "passt"
+    passt.write_text(f"#!/bin/sh\necho '{version}'\n")
+    passt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    nics = (back_end(1, "passt"), back_end(2, "passt", model="e1000"))
+    guests = [guest(nics=nics), guest(name="vm2", nics=nics[:1])]
+    reasons = list(passt_reasons(guests, QemuDevices(("pc-q35-9.2",), (), ())))
+    assert [reason.startswith("guests.vm1.nics[1].model: ") for reason in reasons] == (
+        [True] if refused else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("machines", "refused"),
+    [
+        (("pc-q35-7.2", "pc-q35-2.12", "q35", "pc-i440fx-10.0"), True),
+        (("pc-q35-8.0", "pc-q35-7.2"), False),
+        (("pc-q35-10.1",), False),
+        (("pc-q35-rhel9.2.0",), False),
+    ],
+)
+def test_a_qemu_that_fragments_is_refused_for_passt(
+    machines: tuple[str, ...], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "passt").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    nics = (back_end(1, "passt", model="vmxnet3"), back_end(2, "user", model="e1000e"))
+    reasons = list(passt_reasons([guest(nics=nics)], QemuDevices(machines, (), ())))
+    assert [reason.startswith("guests.vm1.nics[0].model: ") for reason in reasons] == (
+        [True] if refused else []
+    )

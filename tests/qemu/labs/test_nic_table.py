@@ -9,7 +9,8 @@ Three guests carry all combinations, since booting is what takes time:
 Which models there are is asked: of QEMU, and, of the drivers, of the guest.
 
 What a guest's NIC exchanges data with, this machine or `far`, serves two ports: one sends data, one
-answers with the digest of what it gets.
+answers with the digest of what it gets. Both close the connection first: passt harms one whose
+guest has closed its direction and not yet got everything (docs/guests-nics.md).
 """
 
 import hashlib
@@ -21,8 +22,10 @@ from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from netorch.nic_devices import MODELS
-from netorch.system.qemu_devices import qemu_devices
+from netorch.system.back_ends import passt_reasons
+from netorch.system.qemu_devices import QemuDevices, qemu_devices
 from netorch.system.starting import program
+from tests import guest_shapes
 from tests.isolation import ip
 from tests.qemu.labs.lab import SECONDS, Lab, Machine
 
@@ -75,11 +78,19 @@ def table() -> list[End]:
     backends = ["tap", "user", "wire", *(["passt"] if program("passt") else [])]
     pci = [model for model in MODELS if model in has.nics and model != MMIO]
     ends = [End("all", model, b, n) for b in backends for n, model in enumerate(pci)]
+    ends = [end for end in ends if not (end.backend == "passt" and refused(end.model, has))]
     ends += [End("far", model, "wire", n) for n, model in enumerate([*pci[1:], pci[0]])]
     if "microvm" in has.machines:
         ends += [End("micro", MMIO, b, len(pci)) for b in backends]
         ends.append(End("far", pci[0], "wire", len(pci)))
     return ends
+
+
+def refused(model: str, has: QemuDevices) -> bool:
+    """Whether netorch refuses this model on the installed QEMU and passt."""
+    nic = guest_shapes.back_end(1, "passt", model=model)
+    shape = guest_shapes.guest(nics=(nic,))
+    return bool(list(passt_reasons([shape], has)))
 
 
 def topology(ends: list[End]) -> str:
@@ -104,10 +115,8 @@ def test_every_front_end_on_every_back_end(machine: Machine) -> None:
             settled(lab, guest, [end for end in ends if end.guest == guest])
         digest = serve_from(lab, "far")
         digests = {end: digest if end.backend == "wire" else md5(data) for end in ends}
-        # Debian 12's passt (2023-03) does not carry 10 MB unharmed in either direction.
-        moving = {end for end in ends if end.backend != "passt"}
         for guest in guests[1:]:
-            exchanged(lab, guest, {e: digests[e] for e in ends if e in moving and e.guest == guest})
+            exchanged(lab, guest, {e: digests[e] for e in ends if e.guest == guest})
         lab.unchanged()
 
 
@@ -144,7 +153,7 @@ def settled(lab: Lab, guest: str, ends: list[End]) -> None:
 
 def serve_from(lab: Lab, guest: str) -> str:
     """Let a guest serve; the digest of its data."""
-    serving = (f"-p {SENDS} -e cat /data", f"-p {TAKES} -e md5sum")
+    serving = (f"-p {SENDS} -e cat /data", f"-p {TAKES} -e sh -c 'head -c {SIZE} | md5sum'")
     background = " ".join(f"(nc -ll {words} < /dev/null > /dev/null 2>&1 &);" for words in serving)
     made = lab.sh(guest, f"head -c {SIZE} /dev/urandom > /data; md5sum /data; {background}")
     return made.split()[0]
@@ -152,10 +161,14 @@ def serve_from(lab: Lab, guest: str) -> str:
 
 def exchanged(lab: Lab, guest: str, digests: Mapping[End, str]) -> None:
     """Hold that each NIC brings what it was sent, and takes what is sent to it."""
-    up = lab.sh(guest, f"head -c {SIZE} /dev/urandom > /up; md5sum < /up").split()[0]
+    # A pipe that nc has open for writing too never ends, so nc doesn't close its direction.
+    made = lab.sh(guest, f"mkfifo /pipe; head -c {SIZE} /dev/urandom > /up; md5sum < /up")
+    up = made.split()[0]
     for end, digest in digests.items():
         pulled, said = lab.sh(
-            guest, f"nc {end.far} {SENDS} < /dev/null | md5sum; nc {end.far} {TAKES} < /up"
+            guest,
+            f"nc {end.far} {SENDS} <> /pipe | md5sum; "
+            f"cat /up > /pipe & nc {end.far} {TAKES} <> /pipe",
         ).splitlines()
         assert pulled.split()[0] == digest, end
         assert said.split()[0] == up, end
@@ -181,14 +194,16 @@ def serve(listener: socket.socket, sent: bytes) -> None:
             return  # the test is over
         with connection:
             connection.settimeout(SECONDS)
-            digest = hashlib.md5()
             if sent:
                 connection.sendall(sent)
-                connection.shutdown(socket.SHUT_WR)
-            while block := connection.recv(1 << 16):
-                digest.update(block)
-            if not sent:
+            else:
+                digest, left = hashlib.md5(), SIZE
+                while block := connection.recv(min(left, 1 << 16)):
+                    digest.update(block)
+                    left -= len(block)
                 connection.sendall(f"{digest.hexdigest()}  -\n".encode())
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1)  # until all has arrived
 
 
 def md5(data: bytes) -> str:
