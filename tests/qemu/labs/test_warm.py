@@ -24,7 +24,11 @@ nics = [{ network = "lan" }, { network = "lan", model = "e1000" }, { network = "
 
 [guests.vm2]
 memory = 128
-nics = [{ network = "lan" }]
+nics = [{ network = "lan" }, { wire = "cable" }]
+
+[guests.vm3]
+memory = 128
+nics = [{ wire = "cable" }, { backend = "user" }]
 
 [guests.alone]
 memory = 128
@@ -48,18 +52,22 @@ ready = "agent"
 def test_copies_are_guests_like_others_and_share_nothing_that_must_differ(machine: Machine) -> None:
     lab = machine.up("warm", COPIES)
     assert "cold" not in lab.said
-    names = ("vm1", "vm2", "alone")
+    names = ("vm1", "vm2", "vm3", "alone")
     looks = {name: lab.sh(name, LOOK).splitlines() for name in names}
     now = time.time()
     identities = [look[0].split() for look in looks.values()]
     assert [identity[0] for identity in identities] == list(names)
-    assert all(len(set(column)) == 3 for column in zip(*identities, strict=True))
+    assert all(len(set(column)) == 4 for column in zip(*identities, strict=True))
     assert all(abs(int(look[1]) - now) < 30 for look in looks.values())
     for name, look in looks.items():
         assert look[2:] == [nic["mac"] for nic in desired(lab, name)["nics"]]
         assert "netorch.template" in lab.sh(name, "cat /proc/cmdline")
     lab.sh("vm1", "ping -c 1 -W 5 10.0.0.1")
     lab.sh("vm1", f"ping -c 1 -W 5 {lab.leases()['vm2']}")
+    lab.sh("vm2", "ip addr add 10.1.0.2/24 dev eth1")
+    lab.sh(
+        "vm3", "ip addr add 10.1.0.3/24 dev eth0; ping -c 1 -W 5 10.1.0.2; ping -c 1 -W 5 10.0.2.2"
+    )
     lab.unchanged()
 
     machine.netorch("restart", "--lab", lab.name, "vm2")
