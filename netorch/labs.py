@@ -295,13 +295,27 @@ def _apply_here(
         for guest in desired.of(Guest) if plan else ():
             for line in idle_queues(guest):
                 progress.warn(line)
-        if readiness is not None:
-            readiness.all(plan)
 
     only = {type(resource) for resource in desired} if fresh else None
     adapters = machine(lab.scope, progress.waiting, progress.warn, only)
-    readiness = _readiness(lab, topology, desired, progress)
     known = EMPTY if fresh else adapters.observe(look)
+    return carry_out(lab, topology, desired, adapters, known, progress, ready, restart)
+
+
+def carry_out(
+    lab: Lab,
+    topology: Topology,
+    desired: State,
+    adapters: engine.Machine,
+    known: State,
+    progress: Progress,
+    ready: Callable[[Plan], object] = lambda plan: None,
+    restart: bool = True,
+) -> Plan:
+    """`engine.apply`, with what guests need that are started: memory, those that they come after,
+    and to be waited for. `ready` is called before that.
+    """
+    readiness = _readiness(lab, topology, desired, progress)
 
     def before(step: Sequence[Action], plan: Plan) -> None:
         if step is plan.steps[0] and topology.guests and not topology.lab.overcommit:
@@ -311,7 +325,12 @@ def _apply_here(
         if readiness is not None:
             readiness.before(step, plan)
 
-    return engine.apply(adapters, desired, progress, ready, before, known, restart)
+    def all_ready(plan: Plan) -> None:
+        ready(plan)
+        if readiness is not None:
+            readiness.all(plan)
+
+    return engine.apply(adapters, desired, progress, all_ready, before, known, restart)
 
 
 def _readiness(

@@ -7,16 +7,14 @@ starts it. `start` is an apply of a part: of the guests that are named, and what
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from netorch import engine
 from netorch.engine import Progress
 from netorch.errors import UsageError
-from netorch.labs import Lab, find_all, intended, machine, topology_of
+from netorch.labs import Lab, carry_out, find_all, intended, machine, topology_of
 from netorch.planner import Plan
 from netorch.resources import Guest
 from netorch.state import State
 from netorch.system import power, rundir, saved, saving
 from netorch.system.places import enter
-from netorch.system.readiness import Readiness
 from netorch.system.scope import current_place
 
 
@@ -44,9 +42,9 @@ def find(lab: str | None, guests: Sequence[str]) -> Lab:
 
 
 def start(lab: Lab, guests: Sequence[str], progress: Progress, discard: bool = False) -> Plan:
-    """Start guests with all that they need, and wait until they are ready. Those that were saved go
-    on from there; `discard` forgets that.
+    """Start guests with all that they need or come after, and wait until they are ready.
 
+    Those that were saved go on from there; `discard` forgets that.
     Raises as `netorch.labs.apply` does.
     """
     with inside(lab):
@@ -110,16 +108,16 @@ def inside(lab: Lab) -> Iterator[None]:
 
 def start_inside(lab: Lab, guests: Sequence[str], progress: Progress) -> Plan:
     topology, desired = intended(lab)
-    system = machine(lab.scope, progress.waiting, progress.warn)
-    observed = system.observe()
+    adapters = machine(lab.scope, progress.waiting, progress.warn)
+    observed = adapters.observe()
     goal = part(desired, observed, [f"guest:{name}" for name in guests])
-    named = {name: topology.guests[name] for name in guests}
-    readiness = Readiness(lab.scope, named, goal, topology.lab.timeout, progress.waiting)
-    return engine.apply(system, goal, progress, readiness.all, observed=observed)
+    return carry_out(lab, topology, goal, adapters, observed, progress)
 
 
 def part(desired: State, observed: State, keys: Iterable[str]) -> State:
-    """What is there, but with these resources and all that they need as they should be."""
+    """What is there, but with these resources, and all that they need or come after, as they should
+    be.
+    """
     wanted: dict[str, None] = {}
     queue = list(keys)
     while queue:
@@ -127,6 +125,6 @@ def part(desired: State, observed: State, keys: Iterable[str]) -> State:
         resource = desired.get(key)
         if resource is not None and key not in wanted:
             wanted[key] = None
-            queue += resource.needs
+            queue += [*resource.needs, *desired.order.get(key, ())]
     goal = [resource for resource in observed if resource.key not in wanted]
-    return State([*goal, *(resource for resource in desired if resource.key in wanted)])
+    return State([*goal, *(r for r in desired if r.key in wanted)], desired.order)

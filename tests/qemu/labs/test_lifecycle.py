@@ -35,7 +35,7 @@ SERVE = "mkdir -p /www && httpd -p 0.0.0.0:80 -h /www < /dev/null > /dev/null 2>
 def test_order_power_and_supervision(machine: Machine) -> None:
     file = machine.file("life", LAB)
     lab = machine.running(file)
-    said = _apply(lab)
+    said = _serving(lab, "apply", str(file))
     _in_order(said, "+ guest db", "web waits for db", "db: 192.168.122.", "+ guest web")
     assert any(re.fullmatch(r"web: eth0 192[0-9.]+", line) for line in said)
     assert "app: its agent answers" in said
@@ -44,10 +44,11 @@ def test_order_power_and_supervision(machine: Machine) -> None:
     machine.netorch("pause", "web")
     assert _rows(lab) == {"guest:web": "changed"}
     machine.netorch("resume", "web")
-    said = machine.netorch("stop", "web", "app").stderr.splitlines()
-    assert sum(re.search(r"(web|app) is off after \d", line) is not None for line in said) == 2
-    assert _rows(lab) == {"guest:web": "missing", "guest:app": "missing"}
-    said = machine.netorch("start", "web").stderr.splitlines()
+    said = machine.netorch("stop", "web", "app", "db").stderr.splitlines()
+    assert sum(re.search(r"(web|app|db) is off after \d", line) is not None for line in said) == 3
+    assert set(_rows(lab)) == {"guest:web", "guest:app", "guest:db"}
+    said = _serving(lab, "start", "web")
+    _in_order(said, "+ guest db", "web waits for db", "db: 192.168.122.", "+ guest web")
     assert any("web: eth0 192" in line for line in said)
     assert _rows(lab) == {"guest:app": "missing"}
     assert "nothing to do" in machine.netorch("start", "web").stdout
@@ -71,16 +72,16 @@ def test_order_power_and_supervision(machine: Machine) -> None:
     assert watching.wait() == 0
 
 
-def _apply(lab: Lab) -> list[str]:
-    """Apply, and serve the port of db once it boots."""
-    applying = lab.machine.start("apply", str(lab.file))
-    assert applying.stderr is not None
+def _serving(lab: Lab, *arguments: str) -> list[str]:
+    """What a command says that starts db; its port is served once it boots."""
+    running = lab.machine.start(*arguments)
+    assert running.stderr is not None
     said = []
-    for line in applying.stderr:
+    for line in running.stderr:
         said.append(line.strip())
         if said[-1] == "db boots":
             _serve(lab, "db")
-    assert applying.wait() == 0, said
+    assert running.wait() == 0, said
     return said
 
 
