@@ -85,6 +85,7 @@ class Guests:
     def __init__(self, scope: Scope, progress: Callable[[str], None]) -> None:
         self._scope = scope
         self._progress = progress
+        self._went_on: set[str] = set()  # from their saved states, by `create`
 
     def observe(self, look: object = None) -> Iterable[Guest]:
         found = running(self._scope)
@@ -147,9 +148,10 @@ class Guests:
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         import shutil  # 2 ms with what it imports, and most commands end no guest
 
-        self._end([guest for guest in unwanted if isinstance(guest, Guest)])
-        for guest in unwanted:
-            assert isinstance(guest, Guest)
+        guests = [guest for guest in unwanted if isinstance(guest, Guest)]
+        self._save_again(guests)
+        self._end(guests)
+        for guest in guests:
             for nic in guest.nics:
                 if nic.wire:
                     wire_path(self._scope, nic).unlink(missing_ok=True)
@@ -158,6 +160,17 @@ class Guests:
             if directory.exists():
                 shutil.rmtree(directory)
             done(guest)
+
+    def _save_again(self, guests: Sequence[Guest]) -> None:
+        """What has gone on from its saved state and is deleted by the same command is undone."""
+        for guest in guests:
+            if guest.name in self._went_on:
+                from netorch.system.saving import save
+
+                try:
+                    save(self._scope, guest, self._progress)
+                except NetorchError as error:
+                    self._progress(f"what was saved of {guest.name} is lost: {error.message}")
 
     def _end(self, guests: Sequence[Guest]) -> None:
         """End what runs for these guests."""
@@ -224,6 +237,8 @@ class Guests:
                     set_links(process.qmp, process.guest)
                 else:
                     warm_starts.give_nics(self._scope, process.qmp, process.template, process.guest)
+                if process.saved:
+                    self._went_on.add(process.guest.name)
                 saved.drop(self._scope, process.guest.name)
                 process.qmp.ask("cont")
                 if process.guest.vnc == "socket":  # QEMU made it, by the person's umask

@@ -1,6 +1,7 @@
 """Guests that are saved and go on, whatever comes in between; and snapshots of their disks."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +74,7 @@ def test_a_saved_guest_goes_on(machine: Machine) -> None:
 
     _no_space_leaves_it_running(lab)
     _killed_commands_lose_nothing(lab)
+    _an_interrupted_apply_saves_it_again(lab)
 
     machine.netorch("save", "vm1")
     machine.netorch("start", "--discard", "vm1")
@@ -132,6 +134,25 @@ def _killed_commands_lose_nothing(lab: Lab) -> None:
     lab.machine.netorch("apply", str(lab.file))
     _count(lab)
     assert list((lab.machine.disks_base / lab.name).iterdir()) == []
+    lab.unchanged()
+
+
+def _an_interrupted_apply_saves_it_again(lab: Lab) -> None:
+    lab.machine.netorch("save", "vm1")
+    text = lab.file.read_text()
+    lab.file.write_text(text.replace("[guests.vm1]", '[guests.vm1]\nready = "tcp:1"'))
+    applying = lab.machine.start("apply", str(lab.file))
+    assert applying.stderr is not None
+    assert any("vm1 goes on from" in line for line in applying.stderr)
+    applying.send_signal(signal.SIGINT)
+    said = applying.stderr.read()
+    assert "vm1 is saved: " in said
+    assert "error: interrupted" in said
+    assert applying.wait() == 1
+    assert ": saved on 20" in lab.machine.netorch("status", lab.name, status=3).stdout
+    lab.file.write_text(text)
+    assert "vm1 goes on from" in lab.machine.netorch("apply", str(lab.file)).stderr
+    _count(lab)
     lab.unchanged()
 
 
