@@ -14,7 +14,8 @@ What goes wrong before the exec comes back as an errno through a pipe that the e
 Daemons are forked by a process in between, which then leaves them to the init of their PID
 namespace (kernel/exit.c, find_new_reaper). That of a private place is a keeper (keeper.py): it
 notes how those end that have a `kept` directory. Elsewhere init may be one that never reaps, so a
-process in between that has something to keep stays and becomes a keeper itself.
+process in between that has something to keep stays and becomes a keeper itself. Either waits until
+this process has a pidfd of each, since one that ends at once is reaped at once, too.
 """
 
 import errno
@@ -37,11 +38,11 @@ from netorch.system.scope import Scope
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _KEEPER = Path(__file__).with_name("keeper.py")
 
-# What comes through the pipe: the number of the start (_IN_BETWEEN for the process in between),
-# what it is about, and a pid or an errno.
+# What comes through the pipe of those started: the number of the start, what it is about, and a pid
+# or an errno. Through that of the process in between comes an errno alone.
 _MESSAGE = struct.Struct("iii")
 _PID, _ERRNO = 0, 1
-_IN_BETWEEN = -1
+_FAILURE = struct.Struct("i")
 
 
 class Start(NamedTuple):
@@ -146,33 +147,57 @@ def start_all(scope: Scope, starts: Sequence[Start]) -> list[Child | KernelError
     return _start(scope, starts, daemon=True)
 
 
+class _Between(NamedTuple):
+    """The descriptors of the process in between."""
+
+    said: int  # the pipe of those that it forks
+    failed: int  # its own pipe
+    go_on: tuple[int, int]  # both ends of a pipe; closed where there are pidfds of all
+
+
 def _start(scope: Scope, starts: Sequence[Start], daemon: bool) -> list[Child | KernelError]:
     keeper = daemon and not scope.keeper and any(one.kept for one in starts)
-    opened: list[int] = []
+    opened: set[int] = set()
+    children: dict[int, Child] = {}
+
+    def pipe() -> tuple[int, int]:
+        ends = os.pipe2(os.O_CLOEXEC)
+        opened.update(ends)
+        return ends
+
+    def close(fd: int) -> None:
+        opened.remove(fd)
+        os.close(fd)
+
     try:
         ready = [_open(scope, one, opened) for one in starts]
-        report, said = os.pipe2(os.O_CLOEXEC)
-        opened += [report, said]
+        (report, said), (failing, failed), go_on = pipe(), pipe(), pipe()
         pid = os.fork()
         if pid == 0:
             if daemon:
-                _be_in_between(scope, ready, said, keeper)
+                _be_in_between(scope, ready, _Between(said, failed, go_on), keeper)
             _become(ready[0], 0, said, None)
-        opened.remove(said)
-        os.close(said)
-        with open(report, "rb", closefd=False) as pipe:
-            told = list(_MESSAGE.iter_unpack(pipe.read()))
-        failed = {number: value for number, what, value in told if what == _ERRNO}
-        if daemon or failed:
-            os.waitpid(pid, 0)
-        if _IN_BETWEEN in failed:
-            return [_failure(one, failed[_IN_BETWEEN]) for one in starts]
+        close(said)
+        close(failed)
+        told = list(_MESSAGE.iter_unpack(_all_of(report)))
+        errors = {number: value for number, what, value in told if what == _ERRNO}
         pids = {number: value for number, what, value in told if what == _PID}
+        for number in pids.keys() - errors.keys():
+            children[number] = _child(ready[number], pids[number])
+        close(go_on[1])
+        if daemon or errors:
+            os.waitpid(pid, 0)
+        if failure := _all_of(failing):
+            for child in children.values():
+                child.close()
+            return [_failure(one, *_FAILURE.unpack(failure)) for one in starts]
         return [
-            _failure(one.start, failed[number]) if number in failed else _child(one, pids[number])
-            for number, one in enumerate(ready)
+            children.get(number) or _failure(one, errors.get(number, errno.ESRCH))
+            for number, one in enumerate(starts)
         ]
     except OSError as error:
+        for child in children.values():
+            child.close()
         raise KernelError(
             f"failed to start {starts[0].argv[0]}: {error.strerror}", error.errno or 0
         ) from error
@@ -181,18 +206,23 @@ def _start(scope: Scope, starts: Sequence[Start], daemon: bool) -> list[Child | 
             os.close(fd)
 
 
-def _open(scope: Scope, one: Start, opened: list[int]) -> _Opened:
+def _all_of(pipe: int) -> bytes:
+    with open(pipe, "rb", closefd=False) as file:
+        return file.read()
+
+
+def _open(scope: Scope, one: Start, opened: set[int]) -> _Opened:
     if "logging" in sys.modules:  # else nobody listens
         import logging
         import shlex
 
         logging.getLogger(__name__).info("start: %s", shlex.join(one.argv))
     output = os.open(one.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    opened.append(output)
+    opened.add(output)
     network = None
     if one.namespace is not None:
         network = os.open(one.namespace, os.O_RDONLY | os.O_CLOEXEC)
-        opened.append(network)
+        opened.add(network)
     environment = one.environment
     if environment is None:
         environment = scope.environment(one.resource)
@@ -231,12 +261,16 @@ def _await_marks(child: Child) -> None:
         os.sched_yield()
 
 
-def _be_in_between(scope: Scope, ready: Sequence[_Opened], said: int, keeper: bool) -> NoReturn:
+def _be_in_between(
+    scope: Scope, ready: Sequence[_Opened], pipes: _Between, keeper: bool
+) -> NoReturn:
     """The part of the process that forks the daemons."""
     number = 0
     try:
         if keeper and os.fork() > 0:
             os._exit(0)
+        waiting, going = pipes.go_on
+        os.close(going)
         ordered = sorted(enumerate(ready), key=lambda item: item[1].start.apart)
         empty = False
         for index, one in ordered:
@@ -246,13 +280,15 @@ def _be_in_between(scope: Scope, ready: Sequence[_Opened], said: int, keeper: bo
                     unshare(NEWNET)
                 empty = True
             if os.fork() == 0:
-                _become(one, index, said, one.start.kept)
+                _become(one, index, pipes.said, one.start.kept)
+        os.close(pipes.said)
+        os.read(waiting, 1)  # until the end of the file: also if the other side was killed
         if keeper:
             os.setsid()
             null = os.open("/dev/null", os.O_RDWR)
             for standard in (0, 1, 2):
                 os.dup2(null, standard)
-            _close_all_but({0, 1, 2, said})
+            _close_all_but({0, 1, 2, pipes.failed})
             os.chdir("/")
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             words = [sys.executable, "-I", "-S", "-E", str(_KEEPER), "keep", str(scope.run)]
@@ -262,7 +298,7 @@ def _be_in_between(scope: Scope, ready: Sequence[_Opened], said: int, keeper: bo
     finally:
         # Also on KeyboardInterrupt: the parent's frames above are not this process's to unwind.
         if number:
-            os.write(said, _MESSAGE.pack(_IN_BETWEEN, _ERRNO, number))
+            os.write(pipes.failed, _FAILURE.pack(number))
         os._exit(0)
 
 

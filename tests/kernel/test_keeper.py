@@ -6,8 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from netorch.errors import KernelError
 from netorch.resources import DhcpClient
+from netorch.system import starting
 from netorch.system.endings import endings
 from netorch.system.processes import leaders, marked
 from netorch.system.scope import Scope, current_place
@@ -70,6 +73,26 @@ def test_one_that_cannot_start_does_not_stop_the_others(scope: Callable[..., Sco
     assert "failed to start /nonexistent: No such file" in str(refused)
     assert isinstance(child, Child)
     assert not child.has_ended(0)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_one_that_ends_at_once_is_there_until_it_is_known(
+    scope: Callable[..., Scope], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, known = scope(), starting._child
+
+    def late(one: starting._Opened, pid: int) -> Child:
+        at = time.monotonic()
+        while time.monotonic() < at + 0.5:  # long enough for whoever reaps it
+            assert Path(f"/proc/{pid}").exists()
+        return known(one, pid)
+
+    monkeypatch.setattr(starting, "_child", late)
+    start = begin(lab, "vm1", "exit 3")
+    (child,) = start_all(lab, [start if kept else start._replace(kept=None)])
+    assert isinstance(child, Child)
+    assert child.has_ended(0)
+    child.close()
 
 
 def test_an_empty_namespace_is_shared_by_those_that_want_one(scope: Callable[..., Scope]) -> None:
