@@ -43,7 +43,6 @@ from netorch.whereabouts import find as find
 from netorch.whereabouts import find_all as find_all
 from netorch.whereabouts import lab_of, note_place, place_for, refuse_a_twin, run_of
 from netorch.whereabouts import labs as labs
-from netorch.whereabouts import topology_of as topology_of
 
 if TYPE_CHECKING:
     from netorch.system.endings import Ending
@@ -216,7 +215,7 @@ def status_inside(lab: Lab, waiting: Pending | None = None) -> Standing:
     record = rundir.recorded(lab.run)
     if record is None:
         return Standing(lab, None, observed, waiting)
-    desired = _desired(lab, topology_of(record), record.source, look)
+    desired = _desired(lab, rundir.topology_of(record), record.source, look)
     if not (lab.run / "guests").exists():
         return Standing(lab, desired, observed, waiting)
     from netorch.system import saved
@@ -237,7 +236,7 @@ def intended(lab: Lab) -> tuple[Topology, State]:
         raise NetorchError(
             f"the record of what lab {lab.name} should be is lost", "apply its file again"
         )
-    topology = topology_of(record)
+    topology = rundir.topology_of(record)
     return topology, _desired(lab, topology, record.source)
 
 

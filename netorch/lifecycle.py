@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from netorch.engine import Progress
 from netorch.errors import UsageError
-from netorch.labs import Lab, carry_out, find_all, intended, machine, topology_of
+from netorch.labs import Lab, carry_out, find_all, intended, machine
 from netorch.planner import Plan
 from netorch.resources import Guest
 from netorch.state import State
@@ -26,7 +26,7 @@ def find(lab: str | None, guests: Sequence[str]) -> Lab:
         record = rundir.recorded(there.run)
         if record is None:
             continue
-        names = topology_of(record).guests
+        names = rundir.topology_of(record).guests
         known += names
         if all(guest in names for guest in guests):
             having.append(there)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from netorch.errors import MissingError, NetorchError, UsageError
-from netorch.labs import Lab, find_all, status, topology_of
+from netorch.labs import Lab, find_all, status
 from netorch.resources import Bridge, Veth
 from netorch.state import State
 from netorch.system import rundir
 from netorch.system.places import enter
+from netorch.system.rundir import topology_of
 
 if TYPE_CHECKING:
     from netorch.system.explain import Hop

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import msgspec
 
 from netorch.engine import Progress
-from netorch.labs import Lab, Outcome, Standing, topology_of
+from netorch.labs import Lab, Outcome, Standing
 from netorch.output import echo, echo_on, style, unstyle
 from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Guest, Resource
 from netorch.system import rundir
 from netorch.system.places import Place
+from netorch.system.rundir import topology_of
 
 if TYPE_CHECKING:
     from netorch.expectations import Verdict

@@ -22,7 +22,7 @@ from netorch import labs
 from netorch.engine import Progress
 from netorch.errors import ApplyError, NetorchError, UsageError
 from netorch.planner import Action
-from netorch.system import confirmation
+from netorch.system import confirmation, rundir
 from netorch.system.confirmation import Order
 from netorch.system.namespaces import send_signal, wait_exit
 
@@ -131,7 +131,7 @@ def put_back(order: Order) -> None:
     """Go back to the previous topology, or to nothing."""
     try:
         if order.previous is not None:
-            topology = labs.topology_of(order.previous)
+            topology = rundir.topology_of(order.previous)
             labs.apply(topology, order.previous.source, order.choice, Log(), restart=True)
         else:
             for left in labs.teardown(labs.find(order.lab), Log()):

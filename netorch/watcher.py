@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from netorch import lifecycle
 from netorch.engine import Progress
 from netorch.errors import NetorchError
-from netorch.labs import Lab, topology_of
+from netorch.labs import Lab
 from netorch.system import rundir
 from netorch.system.endings import Ending, endings
 from netorch.system.processes import leaders, marked
@@ -79,7 +79,7 @@ def _judge(
     if not rundir.settled(lab.run) or (record := rundir.recorded(lab.run)) is None:
         return ()
     gone = ended - leaders(marked(lab.scope)).keys()
-    guests = topology_of(record).guests
+    guests = rundir.topology_of(record).guests
     again = []
     for key in sorted(gone):
         kind, _, name = key.partition(":")

@@ -9,7 +9,6 @@ import msgspec
 from netorch.bridging import needs_no_rights
 from netorch.errors import NetorchError, UsageError
 from netorch.model import Topology
-from netorch.resources import Record
 from netorch.system import bridge_helper, rundir
 from netorch.system.places import Place, has_net_admin, marked_processes, private_places
 from netorch.system.scope import (
@@ -91,11 +90,6 @@ def find(name: str | None) -> Lab:
         if lab.name == name:
             return lab
     raise UsageError(f"no lab {name!r} is running here", f"running: {names or 'none'}")
-
-
-def topology_of(record: Record) -> Topology:
-    """The topology that a record holds."""
-    return msgspec.json.decode(record.text, type=Topology)
 
 
 def place_for(topology: Topology, choice: PlaceChoice) -> Place | None:

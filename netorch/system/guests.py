@@ -48,7 +48,7 @@ from netorch.system.guest_processes import (
     end_is_meant,
     running,
 )
-from netorch.system.processes import end, leaders, marked
+from netorch.system.processes import end, processes_of
 from netorch.system.qemu_devices import lacking, qemu_devices
 from netorch.system.qmp import Qmp, QmpError, listen
 from netorch.system.readiness import start_line
@@ -174,10 +174,10 @@ class Guests:
 
     def _end(self, guests: Sequence[Guest]) -> None:
         """End what runs for these guests."""
-        found = leaders(marked(self._scope))
-        end_guests(self._scope, [p for guest in guests for p in found.get(guest.key, ())])
-        passts = [passt for guest in guests for passt in parts(guest)]
-        end(self._scope, [p for passt in passts for p in found.get(passt.key, ())])
+        end_guests(self._scope, processes_of(self._scope, [guest.key for guest in guests]))
+        passts = [passt.key for guest in guests for passt in parts(guest)]
+        if passts:
+            end(self._scope, processes_of(self._scope, passts))
 
     def _saved_reasons(self, guest: Guest) -> Iterator[str]:
         if reason := saved.refusal(self._scope, guest):

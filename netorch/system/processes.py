@@ -57,6 +57,12 @@ def leaders(processes: Iterable[Marked]) -> dict[str, list[Marked]]:
     return found
 
 
+def processes_of(scope: Scope, keys: Iterable[str]) -> list[Marked]:
+    """The processes of these resources, without children."""
+    found = leaders(marked(scope))
+    return [process for key in keys for process in found.get(key, ())]
+
+
 def end(scope: Scope, processes: Sequence[Marked], grace: float = 5.0) -> None:
     """End processes of the lab: SIGTERM to all, SIGKILL to those still there after `grace` seconds.
 

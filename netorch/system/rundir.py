@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from netorch.errors import MissingError, NetorchError
+from netorch.model import Topology
 from netorch.planner import Update
 from netorch.resources import Record, Resource
 from netorch.system.namespaces import MNT_DETACH, unmount
@@ -135,6 +136,11 @@ def write_synced(path: Path, text: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def topology_of(record: Record) -> Topology:
+    """The topology that a record holds."""
+    return msgspec.json.decode(record.text, type=Topology)
 
 
 class Records:

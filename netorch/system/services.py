@@ -15,7 +15,7 @@ they go with the run directory.
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,7 +26,15 @@ from netorch.resources import DhcpClient, Dnsmasq, Resource
 from netorch.system.capabilities import NET_ADMIN, NET_BIND_SERVICE, NET_RAW, missing
 from netorch.system.look import Look
 from netorch.system.namespaces import send_signal
-from netorch.system.processes import Marked, end, end_all, leaders, marked, tell_to_end
+from netorch.system.processes import (
+    Marked,
+    end,
+    end_all,
+    leaders,
+    marked,
+    processes_of,
+    tell_to_end,
+)
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, program, start
 
@@ -83,7 +91,7 @@ class Dnsmasqs:
             if isinstance(action, Create):
                 self._started[action.key] = self._start(action.new)
         if doomed := {action.key for action in step if isinstance(action, Delete)}:
-            self._told = self._running(doomed)
+            self._told = processes_of(self._scope, doomed)
             tell_to_end(self._scope, self._told)
 
     def finish(self) -> None:
@@ -131,10 +139,6 @@ class Dnsmasqs:
             log=self._path(resource, "log"),
             capabilities=_CAPABILITIES,
         )
-
-    def _running(self, keys: Set[str]) -> list[Marked]:
-        running = leaders(marked(self._scope))
-        return [process for key in keys for process in running.get(key, ())]
 
     def update(self, wanted: Sequence[Update], done: Callable[[Resource], None]) -> None:
         running = leaders(marked(self._scope))
@@ -229,8 +233,7 @@ class DhcpClients:
         raise NotImplementedError
 
     def delete(self, unwanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
-        running = leaders(marked(self._scope))
-        end(self._scope, [process for old in unwanted for process in running.get(old.key, ())])
+        end(self._scope, processes_of(self._scope, [old.key for old in unwanted]))
         for old in unwanted:
             assert isinstance(old, DhcpClient)
             directory = self._scope.run / "hosts" / old.host

@@ -12,10 +12,10 @@
 #   /sbin/{poweroff,halt,reboot,shutdown}
 #
 # Order is speed: under TCG every process that is started delays the lease (one `mount` or `ip`: 4
-# to 18 ms in a traced boot), so what the first DHCPDISCOVER does not need comes after it, and tests are the shell's own where it has one. Nothing here waits
-# by sleeping: devices that come and go later do so as uevents. Only of a link that comes back no
-# event tells a shell, so the kernel's count of that is read each second, which starts no process.
-# Every step may run twice.
+# to 18 ms in a traced boot), so what the first DHCPDISCOVER does not need comes after it, and tests
+# are the shell's own where it has one. Nothing here waits by sleeping: devices that come and go
+# later do so as uevents. Only of a link that comes back no event tells a shell, so the kernel's
+# count of that is read each second, which starts no process. Every step may run twice.
 #
 # With netorch.template on its command line, the guest gets ready to be copied (docs/guests-warm.md):
 # its copies go on from there, in other QEMUs. Each QEMU has an identity, a token and the guest's

@@ -16,11 +16,8 @@ a guest came to life can't be seen of it later, so it is no part of the Guest.
 import os
 from collections.abc import Callable, Mapping
 
-import msgspec
-
 from netorch.bare_guests import bare_guest
 from netorch.model import Guest as Wanted
-from netorch.model import Topology
 from netorch.nic_devices import Plugged
 from netorch.resources import Guest
 from netorch.system import incoming, rundir
@@ -63,7 +60,7 @@ class WarmStarts:
         record = rundir.recorded(scope.run)
         self._guests: Mapping[str, Wanted] = {}
         if record is not None:
-            self._guests = msgspec.json.decode(record.text, type=Topology).guests
+            self._guests = rundir.topology_of(record).guests
 
     def template_for(self, qemu: str, guest: Guest) -> Template | None:
         wanted = self._guests.get(guest.name)
