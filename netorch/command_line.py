@@ -102,7 +102,10 @@ def _parted(parser: _Parser, command: Command, words: Iterable[str]) -> tuple[li
         elif command.passes_on:
             positionals.append(word)
         else:
-            parser.error(f"there is no option {name!r}", near(name, takes_value))
+            meant = near(name, takes_value)
+            if any(names == (name.lstrip("-"),) for names, _how in arguments):
+                meant = f"give the {name.lstrip('-')} without {name!r}; "
+            parser.error(f"there is no option {name!r}", meant)
     return options, positionals
 
 

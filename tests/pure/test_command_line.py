@@ -92,6 +92,7 @@ def test_overview(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         ("apply --conf=3 a", "there is no option '--conf'", "did you mean --confirm? try"),
         ("apply --json=yes a", "argument --json: ignored explicit argument 'yes'", ""),
         ("apply -x a", "there is no option '-x'", ""),
+        ("status --lab a", "there is no option '--lab'", "give the lab without '--lab'; try"),
         ("send-key vm1 -1", "there is no option '-1'", ""),
         ("apply a --confirm", "argument --confirm: expected one argument", ""),
         ("apply --confirm 0 a", "--confirm: must be a number of seconds, at least 1, not '0'", ""),
