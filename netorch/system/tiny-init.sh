@@ -85,6 +85,11 @@ say() {
     echo "netorch-tiny: $*" > /dev/console
 }
 
+# Whichever shell has started it: that of the start, or one of the listener's.
+continue_agent() {
+    { read -r pid < /run/agent.pid; } 2> /dev/null && kill -CONT "$pid"
+}
+
 write_resolv() {
     seen=
     for file in /run/resolv.*; do
@@ -130,7 +135,7 @@ as_dhcp() {
             [ -z "$hostname" ] || echo "$hostname" > /proc/sys/kernel/hostname
             # Last: netorch takes this line for the sign that all is in place.
             [ "$1 $old" = "renew $ip/$mask" ] || say "$interface $ip/$mask${router:+ gw ${router%% *}}"
-            [ -z "$AGENT" ] || kill -CONT "$AGENT"
+            continue_agent
             ;;
     esac
 }
@@ -172,7 +177,7 @@ await_copy() {
         read -r -t 0.005 none <&3
     done
     read -r -t 1 none <&3
-    kill -CONT "$AGENT"
+    continue_agent
     killall -CONT mdev
 }
 
@@ -207,7 +212,7 @@ start_agent() {
         read -r role 2> /dev/null < "$port/name" || continue
         [ "$role" = org.qemu.guest_agent.0 ] && once agent || continue
         qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run > /run/qemu-ga.log 2>&1 &
-        export AGENT=$!
+        echo $! > /run/agent.pid
     done
 }
 
