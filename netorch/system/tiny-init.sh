@@ -340,7 +340,8 @@ load_orphans() {
 
 as_hotplug() {
     [ "$ACTION $SUBSYSTEM" != "remove net" ] || ended "$INTERFACE"
-    [ "$ACTION $SUBSYSTEM" != "add virtio-ports" ] || start_agent
+    # "change" tells that a port has its name by now: a look at "add" can come before that.
+    [ "$SUBSYSTEM" != virtio-ports ] || start_agent
 }
 
 # The guest's memory is its root, so only mounted disks have anything to lose.
