@@ -5,6 +5,7 @@ import hashlib
 import random
 import signal
 import socket
+import time
 from pathlib import Path
 
 from netorch.system.qmp import Qmp
@@ -28,7 +29,18 @@ def test_files_keys_and_pictures(machine: Machine) -> None:
     _screen(lab)
     _viewers(lab)
     _connection(lab)
+    _late_port(lab)
     lab.unchanged()
+
+
+def _late_port(lab: Lab) -> None:
+    """The agent is started when the kernel tells that its port has a name: by then, not before."""
+    before = lab.sh("vm1", "cat /run/agent.pid")
+    told = "for port in /sys/class/virtio-ports/*; do echo change > $port/uevent; done"
+    lab.sh("vm1", f"(sleep 1; killall qemu-ga; rm /run/agent; {told}) > /dev/null 2>&1 &")
+    deadline = time.monotonic() + SECONDS
+    while lab.exec("vm1", "cat", "/run/agent.pid", status=None).stdout.strip() in ("", before):
+        assert time.monotonic() < deadline
 
 
 def _files(lab: Lab) -> None:
