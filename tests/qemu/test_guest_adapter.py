@@ -143,10 +143,13 @@ def _check_front_ends(scope: Scope, wanted: Guest) -> None:
         "for nic in /sys/class/net/eth*; do "
         "cat $nic/address; readlink -f $nic/device/driver; ls -d $nic/queues/rx-* | wc -l; done"
     )
-    for _try in range(6):
-        with contextlib.suppress(NetorchError):
+    for left in reversed(range(6)):  # each takes seconds until the guest's agent runs
+        try:
             done = agent_exec(scope, "vm1", ["/bin/sh", "-c", script])
             break
+        except NetorchError:
+            if not left:
+                raise
     lines = done.out.decode().split()
     found = {mac: (driver, queues) for mac, driver, queues in zip(*[iter(lines)] * 3, strict=True)}
     assert set(found) == {nic.mac for nic in wanted.nics}, done
