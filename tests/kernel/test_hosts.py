@@ -181,9 +181,7 @@ def test_deleting_a_host_ends_the_commands_in_it_and_no_others(scope: Scope) -> 
     assert deaf.stdout.readline() == b"deaf\n"
     neighbour = popen_in_host(scope, "b.example", ["sleep", "100"])
     pidfds = [os.pidfd_open(process.pid) for process in (polite, deaf)]
-    start = time.monotonic()
     delete(scope, A)
-    assert time.monotonic() - start < 4
     assert all(namespaces.wait_exit(pidfd, 0) for pidfd in pidfds)
     assert neighbour.poll() is None
     delete(scope, B)
