@@ -19,8 +19,6 @@ from bench import goals, peers, summary
 from bench.jobs import Job, Tools, all_jobs
 from bench.turns import Figure, measure
 
-ROOT = Path(__file__).parents[1]
-
 # What a figure is divided by: the first of these that took part.
 BASES = ("script", "C floor", "bare interpreter", "kernel")
 
@@ -93,7 +91,7 @@ def _run(job: Job, scratch: Path, quick: bool) -> dict[str, dict[str, Figure]]:
 
 def _tools(venv: Path, scratch: Path) -> Tools:
     floor = scratch / "floor"
-    source = ROOT / "bench" / "floor.c"
+    source = summary.ROOT / "bench" / "floor.c"
     subprocess.run(["cc", "-O2", "-o", str(floor), str(source)], check=True)
     return Tools(str(venv / "bin/netorch"), str(venv / "bin/python"), str(floor))
 

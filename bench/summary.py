@@ -45,12 +45,14 @@ def table(results: dict[str, Any]) -> str:
 def _others(figures: dict[str, Any], ours: str, label: str) -> Iterator[float | None]:
     """What makes hosts stands beside our hosts, what does not beside our taps."""
     for other in _OTHERS:
-        names = [name for name in figures if name.startswith(other) and label in figures[name]]
-        if "hosts" in ours:
-            names = [name for name in names if "hosts" in name]
-        else:
-            names = [name for name in names if "hosts" not in name]
-        yield min((figures[name][label]["ms"] for name in names), default=None)
+        yield min(
+            (
+                of[label]["ms"]
+                for name, of in figures.items()
+                if name.startswith(other) and label in of and ("hosts" in name) == ("hosts" in ours)
+            ),
+            default=None,
+        )
 
 
 def _time(ms: float | None) -> str:

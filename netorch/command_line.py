@@ -102,10 +102,10 @@ def _parted(parser: _Parser, command: Command, words: Iterable[str]) -> tuple[li
         elif command.passes_on:
             positionals.append(word)
         else:
-            meant = near(name, takes_value)
-            if any(names == (name.lstrip("-"),) for names, _how in arguments):
-                meant = f"give the {name.lstrip('-')} without {name!r}; "
-            parser.error(f"there is no option {name!r}", meant)
+            bare = name.lstrip("-")
+            is_argument = any(names == (bare,) for names, _how in arguments)
+            meant = f"give the {bare} without {name!r}; " if is_argument else ""
+            parser.error(f"there is no option {name!r}", meant or near(name, takes_value))
     return options, positionals
 
 

@@ -12,7 +12,6 @@ from netorch.resources import Bridge, Veth
 from netorch.state import State
 from netorch.system import rundir
 from netorch.system.places import enter
-from netorch.system.rundir import topology_of
 
 if TYPE_CHECKING:
     from netorch.system.explain import Hop
@@ -42,7 +41,7 @@ def find(lab: str | None, name: str) -> Node:
         record = rundir.recorded(there.run)
         if record is None:
             continue
-        topology = topology_of(record)
+        topology = rundir.topology_of(record)
         known += [*topology.guests, *topology.hosts]
         if name in topology.guests or name in topology.hosts:
             found.append(Node(there, name, name in topology.guests))
@@ -135,7 +134,7 @@ def name_service(lab: Lab, host: str) -> tuple[list[str], str]:
 
     state = State(Links(lab.scope).observe())
     record = rundir.recorded(lab.run)
-    networks = topology_of(record).networks if record else {}
+    networks = rundir.topology_of(record).networks if record else {}
     servers: list[str] = []
     domain = ""
     for veth in state.of(Veth):

@@ -14,7 +14,6 @@ from netorch.planner import Action, Create, Delete, Update
 from netorch.resources import Guest, Resource
 from netorch.system import rundir
 from netorch.system.places import Place
-from netorch.system.rundir import topology_of
 
 if TYPE_CHECKING:
     from netorch.expectations import Verdict
@@ -183,7 +182,7 @@ def labs_text(there: Sequence[Lab]) -> None:
     rows = []
     for lab in there:
         record = rundir.recorded(lab.run)
-        topology = topology_of(record) if record else None
+        topology = rundir.topology_of(record) if record else None
         counts = (str(len(topology.guests)), str(len(topology.hosts))) if topology else ("?", "?")
         rows.append(
             (lab.name, _where(lab.place), *counts, record.source if record else "record lost")

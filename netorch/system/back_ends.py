@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 from netorch.errors import MissingError, NetorchError, dotted
@@ -36,7 +36,6 @@ _OTHERWISE = 'use model = "rtl8139" or a virtio one, or backend = "user"'
 # QEMU pads what an e1000 sends to the least length of an Ethernet frame. A passt from before this
 # day (its commit d8c4f23) drops that, a TCP connection's bare acknowledgements among it.
 _PADS, _TAKES_PADDED = "e1000", "20230829"
-_DATE = re.compile(r"(20\d\d)_?(\d\d)_?(\d\d)")
 # QEMU cuts what these leave to be segmented into IP fragments (hw/net/net_tx_pkt.c), which passt
 # drops; from this version on into TCP segments.
 _FRAGMENT, _SEGMENTS = ("e1000e", "vmxnet3"), (8, 0)
@@ -63,29 +62,41 @@ def wire_path(scope: Scope, nic: GuestNic) -> Path:
 
 def passt_reasons(guests: Iterable[Guest], devices: QemuDevices) -> Iterator[str]:
     """Why guests can't have the passt that they need, a sentence each."""
-    wanted = [guest for guest in guests if list(parts(guest))]
-    path = program("passt")
-    if wanted and path is None:
-        names = ", ".join(guest.name for guest in wanted)
-        yield f"{_NO_PASST}, which guest {names} needs: {_INSTALL_PASST}"
-    nics = [
-        (dotted(("guests", guest.name, "nics", index, "model")), nic.model)
-        for guest in wanted
+    wanted = [
+        (guest.name, index, nic.model)
+        for guest in guests
         for index, nic in enumerate(guest.nics)
         if nic.backend == "passt"
     ]
+    if not wanted:
+        return
+    path = program("passt")
+    if path is None:
+        names = ", ".join(dict.fromkeys(name for name, _index, _model in wanted))
+        yield f"{_NO_PASST}, which guest {names} needs: {_INSTALL_PASST}"
+    refused = _refused_models({model for _name, _index, model in wanted}, path, devices)
+    for name, index, model in wanted:
+        if model in refused:
+            key = dotted(("guests", name, "nics", index, "model"))
+            yield f"{key}: {refused[model]}; {_OTHERWISE}"
+
+
+def _refused_models(models: Set[str], passt: str | None, devices: QemuDevices) -> dict[str, str]:
+    """Which of these models passt can't carry, and why."""
+    refused = {}
+    if _PADS in models and passt is not None and not _takes_padded(passt):
+        refused[_PADS] = (
+            "the installed passt is from before 2023-08-29, or doesn't say its date: it drops the "
+            f"short frames of an {_PADS}, and TCP with them"
+        )
     version = devices.version
-    for key, model in nics:
-        if model == _PADS and path is not None and not _takes_padded(path):
-            yield (
-                f"{key}: the installed passt is from before 2023-08-29, or doesn't say its date: "
-                f"it drops the short frames of an {model}, and TCP with them; {_OTHERWISE}"
+    if version is not None and version < _SEGMENTS:
+        for model in _FRAGMENT:
+            refused[model] = (
+                f"the installed QEMU, from before 8.0, sends TCP from {model} in IP fragments, "
+                "which passt drops"
             )
-        elif model in _FRAGMENT and version is not None and version < _SEGMENTS:
-            yield (
-                f"{key}: the installed QEMU, from before 8.0, sends TCP from {model} in IP "
-                f"fragments, which passt drops; {_OTHERWISE}"
-            )
+    return refused
 
 
 def _takes_padded(passt: str) -> bool:
@@ -93,7 +104,7 @@ def _takes_padded(passt: str) -> bool:
     import subprocess
 
     done = subprocess.run([passt, "--version"], capture_output=True, text=True, check=False)
-    date = _DATE.search(done.stdout.partition("\n")[0])
+    date = re.search(r"(20\d\d)_?(\d\d)_?(\d\d)", done.stdout.partition("\n")[0])
     return date is not None and "".join(date.groups()) >= _TAKES_PADDED
 
 

@@ -18,8 +18,6 @@ from netorch.nic_devices import TYPES
 from netorch.resources import Guest
 from netorch.system.cache import cache_directory
 
-_Q35 = re.compile(r"pc-q35-(\d+)\.(\d+)")
-
 
 class QemuDevices(msgspec.Struct, frozen=True):
     """Names as -machine, -device and -netdev take them."""
@@ -31,7 +29,7 @@ class QemuDevices(msgspec.Struct, frozen=True):
     @property
     def version(self) -> tuple[int, int] | None:
         """Of its newest machine; None where a distribution names machines its own way."""
-        found = [_Q35.fullmatch(machine) for machine in self.machines]
+        found = [re.fullmatch(r"pc-q35-(\d+)\.(\d+)", machine) for machine in self.machines]
         return max(((int(one[1]), int(one[2])) for one in found if one), default=None)
 
 
