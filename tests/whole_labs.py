@@ -414,17 +414,25 @@ def _answered(body: Callable[[], object]) -> tuple[str, object]:
         return "raised", traceback.format_exc()
 
 
-def _await_carriers() -> None:
-    """Wait until the kernel has told which taps nobody has opened: up to a second later.
+def _settle_carriers() -> None:
+    """Have the kernel tell now of each change of a carrier that it would tell of up to a second
+    later (its linkwatch): a tap that nobody has opened, a bridge whose ports came and went.
 
-    A tap that is up has either a carrier or the flag NO-CARRIER by then.
+    Asking for one link by its name does that since Linux 6.8, for a list of links not. An older
+    kernel is waited for, as far as it shows: a tap that is up has either a carrier or the flag
+    NO-CARRIER by then.
     """
     monitor = subprocess.Popen(["ip", "monitor", "link"], stdout=subprocess.PIPE)
     assert monitor.stdout is not None
     try:
         for _event in range(100):
-            links = [link for link in isolation.ip_json("link") if "UP" in link["flags"]]
-            if all({"NO-CARRIER", "LOWER_UP"} & set(link["flags"]) for link in links):
+            names = [link["ifname"] for link in isolation.ip_json("link")]
+            links = [link for name in names for link in isolation.ip_json("link", "show", name)]
+            if all(
+                {"NO-CARRIER", "LOWER_UP"} & set(link["flags"])
+                for link in links
+                if "UP" in link["flags"]
+            ):
                 return
             # It may have been told before the monitor listened: look again after a while anyway.
             if select.select([monitor.stdout], [], [], 0.5)[0]:
@@ -445,7 +453,7 @@ class Monitor:
     _MARKER = "marker"
 
     def __init__(self) -> None:
-        _await_carriers()
+        _settle_carriers()
         self._number = 0
         self._ip = self._start("ip", "-oneline", "monitor", "link", "address", "route")
         self._nft = self._start("nft", "monitor")
