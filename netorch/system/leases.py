@@ -215,7 +215,7 @@ class _Wait:
                 watch.directory(directory)
         for key in sorted(self._started):
             if key.startswith("guest:"):
-                self._progress(f"{key.removeprefix('guest:')} boots")
+                self._progress(f"{key.removeprefix('guest:')} starts")
         self._look()
         if self._late:
             self._watch_late(watch)

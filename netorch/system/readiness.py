@@ -78,7 +78,7 @@ class Readiness:
         others = [n for n in names if f"guest:{n}" not in asking]
         for name in others:
             if f"guest:{name}" in started:
-                self._progress(f"{name} boots")
+                self._progress(f"{name} starts")
         awaited = State(
             resource
             for resource in self._desired

@@ -125,7 +125,7 @@ def test_late_since_its_tap_is_down(lab_machine: Make) -> None:
     command = machine.popen(*machine.apply_arguments())
     assert command.stderr is not None
     for line in command.stderr:
-        if "vm1 boots" in line:
+        if "vm1 starts" in line:
             ip("link", "set", "vm1-0", "down")
             break
     _out, err = command.communicate(timeout=60)

@@ -73,13 +73,13 @@ def test_order_power_and_supervision(machine: Machine) -> None:
 
 
 def _serving(lab: Lab, *arguments: str) -> list[str]:
-    """What a command says that starts db; its port is served once it boots."""
+    """What a command says that starts db; its port is served once it starts."""
     running = lab.machine.start(*arguments)
     assert running.stderr is not None
     said = []
     for line in running.stderr:
         said.append(line.strip())
-        if said[-1] == "db boots":
+        if said[-1] == "db starts":
             _serve(lab, "db")
     assert running.wait() == 0, said
     return said
