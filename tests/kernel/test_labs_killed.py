@@ -1,9 +1,7 @@
 """SIGKILL at any moment: the next apply converges, and teardown leaves nothing."""
 
-import os
 import random
 import shutil
-import signal
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +16,8 @@ from tests.whole_labs import (
     At,
     LabMachine,
     calls_into_the_kernel,
+    chosen_seed,
+    end_now,
     in_child,
     kill_at_call,
     kill_self,
@@ -141,11 +141,6 @@ def test_a_teardown_killed_after_each_action(lab_machine: Make) -> None:
     assert number > 10
 
 
-def chosen_seed() -> int:
-    """Another one each time; in CI always the same, so that what fails there can be looked into."""
-    return int(os.environ.get("SEED", 27753 if "CI" in os.environ else random.randrange(1 << 16)))
-
-
 @IN_BOTH
 def test_a_teardown_killed_at_random_calls(lab_machine: Make, place: PlaceChoice) -> None:
     machine = lab_machine(place)
@@ -196,7 +191,7 @@ def test_a_private_place_killed_from_outside(
     machine = lab_machine("private")
     machine.write(LAB)
     machine.up()
-    os.kill(private_places()[machine.name].init, signal.SIGKILL)
+    end_now(private_places()[machine.name].init)
     assert "gone" in machine.netorch("ls").out
     status = machine.netorch("status", machine.name)
     assert (status.status, status.out) == (1, "")
