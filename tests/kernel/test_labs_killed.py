@@ -1,14 +1,19 @@
 """SIGKILL at any moment: the next apply converges, and teardown leaves nothing."""
 
+import os
 import random
 import shutil
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import pytest
 
 from netorch import labs
 from netorch.engine import Progress
 from netorch.labs import PlaceChoice
+from netorch.system import starting
 from netorch.system.places import private_places
 from tests.whole_labs import (
     KILLED,
@@ -160,6 +165,37 @@ def test_a_teardown_killed_at_random_calls(lab_machine: Make, place: PlaceChoice
         machine.up()
         in_child(lambda call=call: take_away(call))  # type: ignore[misc]
         machine.down()
+
+
+def test_what_a_killed_apply_was_just_starting_is_seen_by_the_next(lab_machine: Make) -> None:
+    """The apply is killed while a process of its own is about to become dnsmasq."""
+    machine = lab_machine()
+    machine.write(LAB)
+    child = os.fork()
+    if child == 0:
+        _apply_killed_by_what_it_starts(machine)
+    os.waitpid(child, 0)
+    done = machine.apply()
+    assert done.status == 0, done.err
+    assert "dnsmasq for lan" in done.err
+    assert "dnsmasq for default" not in done.err
+    assert machine.differences() == []
+    machine.down()
+
+
+def _apply_killed_by_what_it_starts(machine: LabMachine) -> NoReturn:
+    apply, confine = os.getpid(), starting.confine
+
+    def linger(capabilities: Sequence[int]) -> None:
+        os.kill(apply, signal.SIGKILL)
+        time.sleep(2)
+        confine(capabilities)
+
+    try:
+        starting.confine = linger
+        machine.apply_here(Progress())
+    finally:  # this child must not go on with the test
+        os._exit(0)
 
 
 @IN_BOTH
