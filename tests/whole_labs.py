@@ -176,6 +176,16 @@ class LabMachine:
         )
         return Done(ended.returncode, ended.stdout, ended.stderr)
 
+    def popen(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start the command line in a process group of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "netorch", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
     def apply_arguments(self) -> list[str]:
         return ["apply", *(["--private"] if self.place == "private" else []), str(self.file)]
 

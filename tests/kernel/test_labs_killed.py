@@ -14,6 +14,7 @@ from netorch import labs
 from netorch.engine import Progress
 from netorch.labs import PlaceChoice
 from netorch.system import starting
+from netorch.system.capabilities import confine
 from netorch.system.places import private_places
 from tests.whole_labs import (
     KILLED,
@@ -184,7 +185,7 @@ def test_what_a_killed_apply_was_just_starting_is_seen_by_the_next(lab_machine: 
 
 
 def _apply_killed_by_what_it_starts(machine: LabMachine) -> NoReturn:
-    apply, confine = os.getpid(), starting.confine
+    apply = os.getpid()
 
     def linger(capabilities: Sequence[int]) -> None:
         os.kill(apply, signal.SIGKILL)
@@ -192,7 +193,7 @@ def _apply_killed_by_what_it_starts(machine: LabMachine) -> NoReturn:
         confine(capabilities)
 
     try:
-        starting.confine = linger
+        pytest.MonkeyPatch().setattr(starting, "confine", linger)
         machine.apply_here(Progress())
     finally:  # this child must not go on with the test
         os._exit(0)
