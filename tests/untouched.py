@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from netorch.system.scope import disks_base, run_base
@@ -84,7 +85,8 @@ def _sysctls() -> Iterator[str]:
     root = Path("/proc/sys/net")
     found = [root / "ipv4/ip_forward", *root.glob("ipv[46]/conf/*/forwarding")]
     for path in [*found, *root.glob("ipv6/conf/*/accept_ra")]:
-        yield f"{path} = {path.read_text().strip()}"
+        with suppress(FileNotFoundError):  # its interface has gone meanwhile
+            yield f"{path} = {path.read_text().strip()}"
 
 
 def _mounts() -> Iterator[str]:
@@ -96,14 +98,15 @@ def _mounts() -> Iterator[str]:
 
 def _processes() -> Iterator[str]:
     mine = f"{TAG}={os.environ.get(TAG)}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
-            environment = path.read_bytes().split(b"\0")
-            name = (path.parent / "comm").read_text().strip()
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
         except OSError:  # another user's, or gone meanwhile
             continue
         if any(text == mine or text.startswith(mine + b"-") for text in environment):
-            yield f"{path.parent.name} {name}"
+            labs = [text[12:].decode() for text in environment if text.startswith(b"NETORCH_LAB=")]
+            yield " of lab ".join([f"{pid} {name}", *labs])
 
 
 def _files() -> Iterator[str]:

@@ -10,20 +10,22 @@ import itertools
 import json
 import os
 import pickle
+import random
 import re
 import select
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import pytest
 
-from netorch import labs
+from netorch import cli, labs, report
 from netorch.engine import Progress
 from netorch.errors import ApplyError, KernelError
 from netorch.labs import PlaceChoice
@@ -52,6 +54,7 @@ from tests import isolation, untouched
 IMPORTED = (facts, firewall, guests, hosts, leases, system_links, marks, place_birth, services)
 PLACES: tuple[PlaceChoice, ...] = ("current", "private")
 WAN = "wan0"
+_DYING = 30.0  # seconds that a process which was killed is given to go, on a busy machine
 
 
 class Done(NamedTuple):
@@ -75,6 +78,15 @@ class Refused(NamedTuple):
     left: tuple[str, ...]
 
 
+class Forked:
+    """A command line in a forked child. `output` is what it says on both its streams."""
+
+    def __init__(self, pid: int, output: TextIO) -> None:
+        self.pid = pid
+        self.output = output
+        self.status: int | None = None
+
+
 class LabMachine:
     """`name` is unique to this test, since private labs of one user see each other."""
 
@@ -86,6 +98,8 @@ class LabMachine:
         self.file = tmp_path / "lab.toml"
         os.environ["NETORCH_RUN_DIR"] = str(self.run_base)
         os.environ["NETORCH_DISK_DIR"] = str(self.disks_base)
+        # Those of tests before this one may go meanwhile.
+        self._older = {_pid(line) for line in untouched.machine()["processes"]}
         for line in (
             f"link add {WAN} type veth peer name far0",
             f"link set {WAN} addrgenmode none",
@@ -112,37 +126,42 @@ class LabMachine:
             disks=self.disks_base / self.name,
         )
 
-    def write(self, text: str, lab: str = "timeout = 5") -> None:
+    def write(self, text: str, lab: str = "timeout = 60") -> None:
         """Write the topology file, with this lab's name and `lab` in its table [lab]."""
         self.file.write_text(f'[lab]\nname = "{self.name}"\n{lab}\n{text}')
 
     def look(self) -> dict[str, set[str]]:
-        """All that a lab could leave."""
+        """All that a lab could leave.
+
+        Without what the kernel does by itself, up to a second after a carrier came or went: it
+        tells of it, passes that on from ports to bridges, and then routes IPv6's multicast there.
+        """
         files = {str(p) for base in (self.run_base, self.disks_base) for p in [base, *_below(base)]}
-        marked = {
-            f"{pid} {marks.get('NETORCH_RESOURCE', '')}"
-            for pid, marks in marked_processes()
-            if marks["NETORCH_LAB"] == self.name
-        }
         machine = untouched.machine()
-        # The kernel tells up to a second later that nobody has opened a new tap.
-        machine["links"] = {line.replace("'NO-CARRIER', ", "") for line in machine["links"]}
         return {
             **machine,
+            "links": {_without_carrier(line) for line in machine["links"]},
+            "routes": {r for r in machine["routes"] if not r.startswith("type=multicast dst=ff00")},
+            "processes": {
+                line
+                for line in machine["processes"]
+                if _pid(line) not in self._older and not line.endswith(f" of lab {self.name}")
+            },
             "files": {path for path in files if os.path.lexists(path)},
-            "marked processes": marked,
+            "marked processes": {f"{pid} {resource}" for pid, resource in self._marked()},
         }
 
     def leftovers(self) -> list[str]:
         """What differs from before the lab. Who is dying (PID 1 of a place whose maker was killed)
         may do so first.
         """
-        for pid, marks_of_it in marked_processes():
-            if marks_of_it["NETORCH_LAB"] == self.name:
-                with suppress(ProcessLookupError):
-                    pidfd = os.pidfd_open(pid)
-                    namespaces.wait_exit(pidfd, 2)
-                    os.close(pidfd)
+        pids = {pid for pid, marks in marked_processes() if marks["NETORCH_LAB"] == self.name}
+        left = self.look()["processes"] - self.before["processes"]
+        for pid in {*pids, *map(_pid, left)}:
+            with suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                namespaces.wait_exit(pidfd, _DYING)
+                os.close(pidfd)
         return untouched.differences(self.before, self.look())
 
     def netorch(self, *arguments: str, env: dict[str, str] | None = None) -> Done:
@@ -172,6 +191,21 @@ class LabMachine:
 
     def apply(self, env: dict[str, str] | None = None) -> Done:
         return self.netorch(*self.apply_arguments(), env=env)
+
+    @contextmanager
+    def apply_in_fork(self, printer: type[report.Printer]) -> Iterator["Forked"]:
+        """Apply by the command line in a forked child, in a process group of its own, which tells
+        its progress to such a Printer. The block has to read all that it says.
+        """
+        receiving, sending = os.pipe()
+        child = os.fork()
+        if child == 0:
+            _run_command_line(self.apply_arguments(), printer, sending)
+        os.close(sending)
+        with os.fdopen(receiving) as output:
+            command = Forked(child, output)
+            yield command
+        command.status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def up(
         self, progress: Progress | None = None, system: Callable[[System], Any] = lambda s: s
@@ -216,11 +250,23 @@ class LabMachine:
 
     def processes(self) -> dict[str, int]:
         """The lab's processes: pid by the key of the resource."""
-        return {
-            decode(marks["NETORCH_RESOURCE"]).key: pid
+        return {decode(resource).key: pid for pid, resource in self._marked() if resource}
+
+    def _marked(self) -> Iterator[tuple[int, str]]:
+        """The lab's processes with the resources that they were started for, but for those that
+        such a process starts with its own marks: a DHCP client's script is gone in a moment.
+        """
+        found = {
+            pid: marks.get("NETORCH_RESOURCE", "")
             for pid, marks in marked_processes()
-            if marks["NETORCH_LAB"] == self.name and "NETORCH_RESOURCE" in marks
+            if marks["NETORCH_LAB"] == self.name
         }
+        for pid, resource in found.items():
+            with suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
+                # proc(5): the name in parentheses may hold anything; then state and parent
+                parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1]
+                if not resource or found.get(int(parent)) != resource:
+                    yield pid, resource
 
 
 @pytest.fixture
@@ -303,6 +349,46 @@ class Waiting(Progress):
             self._act()
 
 
+def stops_dnsmasq(machine: LabMachine) -> type[report.Printer]:
+    """A Printer that stops dnsmasq as soon as it is there, before any client asks it."""
+
+    class Stopping(report.Printer):
+        def done(self, action: Action) -> None:
+            if action.key == "dnsmasq:default":
+                os.kill(machine.processes()[action.key], signal.SIGSTOP)
+            super().done(action)
+
+    return Stopping
+
+
+def _run_command_line(
+    arguments: Sequence[str], printer: type[report.Printer], output: int
+) -> NoReturn:
+    status = 99
+    try:
+        os.setsid()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        report.Printer = printer  # type: ignore[misc]
+        sys.argv = ["netorch", *arguments]
+        cli.main()
+    except SystemExit as end:
+        status = int(str(end.code))
+    finally:  # also if the session has died: this child must not go on with its tests
+        os._exit(status)
+
+
+def end_now(pid: int) -> None:
+    """SIGKILL a process, and wait until it is dead."""
+    pidfd = os.pidfd_open(pid)
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    namespaces.wait_exit(pidfd)
+    os.close(pidfd)
+
+
 def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -366,6 +452,11 @@ def calls_into_the_kernel(body: Callable[[], object]) -> int:
     return result
 
 
+def chosen_seed() -> int:
+    """Another one each time; in CI always the same, so that what fails there can be looked into."""
+    return int(os.environ.get("SEED", 27753 if "CI" in os.environ else random.randrange(1 << 16)))
+
+
 def said(line: str) -> None:
     """Into the report of the test, should it fail."""
     sys.stdout.write(f"{line}\n")
@@ -414,30 +505,32 @@ def _answered(body: Callable[[], object]) -> tuple[str, object]:
         return "raised", traceback.format_exc()
 
 
-def _settle_carriers() -> None:
+def settle_carriers() -> None:
     """Have the kernel tell now of each change of a carrier that it would tell of up to a second
     later (its linkwatch): a tap that nobody has opened, a bridge whose ports came and went.
 
     Asking for one link by its name does that since Linux 6.8, for a list of links not. An older
-    kernel is waited for, as far as it shows: a tap that is up has either a carrier or the flag
-    NO-CARRIER by then.
+    kernel is waited for, as far as it shows: a link that is up has either a carrier or the flag
+    NO-CARRIER by then. Twice, since a bridge's own change may follow from that of a port.
     """
     monitor = subprocess.Popen(["ip", "monitor", "link"], stdout=subprocess.PIPE)
     assert monitor.stdout is not None
+    deadline = time.monotonic() + 60
+    before: list[object] = []
     try:
-        for _event in range(100):
+        while time.monotonic() < deadline:
             names = [link["ifname"] for link in isolation.ip_json("link")]
             links = [link for name in names for link in isolation.ip_json("link", "show", name)]
-            if all(
-                {"NO-CARRIER", "LOWER_UP"} & set(link["flags"])
-                for link in links
-                if "UP" in link["flags"]
-            ):
+            flags = [(link["ifname"], link["operstate"], link["flags"]) for link in links]
+            up = [{"NO-CARRIER", "LOWER_UP"} & {*words} for *_, words in flags if "UP" in words]
+            told = all(len(carrier) == 1 for carrier in up)
+            if told and flags == before:
                 return
+            before = [*flags]
             # It may have been told before the monitor listened: look again after a while anyway.
-            if select.select([monitor.stdout], [], [], 0.5)[0]:
+            if not told and select.select([monitor.stdout], [], [], 0.5)[0]:
                 os.read(monitor.stdout.fileno(), 1 << 16)
-        raise AssertionError("the kernel doesn't tell of a tap that nobody has opened")
+        raise AssertionError(f"the kernel does not tell of a carrier: {before}")
     finally:
         monitor.kill()
         monitor.communicate()
@@ -453,13 +546,13 @@ class Monitor:
     _MARKER = "marker"
 
     def __init__(self) -> None:
-        _settle_carriers()
+        settle_carriers()
         self._number = 0
         self._ip = self._start("ip", "-oneline", "monitor", "link", "address", "route")
         self._nft = self._start("nft", "monitor")
         for monitor, mark in ((self._ip, self._mark_links), (self._nft, self._mark_rules)):
             assert monitor.stdout is not None
-            for _attempt in range(50):
+            for _attempt in range(600):
                 mark()
                 if _readable(monitor, 0.1):
                     break
@@ -512,6 +605,15 @@ def foreign_link(name: str, *words: str) -> Iterator[None]:
     isolation.ip("link", "add", name, *words)
     yield
     isolation.ip("link", "del", name)
+
+
+def _pid(line: str) -> int:
+    """Of a line about a process (tests/untouched.py)."""
+    return int(line.partition(" ")[0])
+
+
+def _without_carrier(link: str) -> str:
+    return re.sub("'(NO-CARRIER|LOWER_UP)', |, '(NO-CARRIER|LOWER_UP)'", "", link)
 
 
 def _below(base: Path) -> list[Path]:

@@ -238,7 +238,8 @@ class DhcpClients:
             assert isinstance(old, DhcpClient)
             directory = self._scope.run / "hosts" / old.host
             self._log(old).unlink(missing_ok=True)
-            (directory / f"resolv.{old.device}").unlink(missing_ok=True)
+            for part in ("resolv", "servers"):
+                (directory / f"{part}.{old.device}").unlink(missing_ok=True)
             done(old)
 
     def _log(self, client: DhcpClient) -> Path:

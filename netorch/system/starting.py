@@ -288,7 +288,7 @@ def _be_in_between(
             null = os.open("/dev/null", os.O_RDWR)
             for standard in (0, 1, 2):
                 os.dup2(null, standard)
-            _close_all_but({0, 1, 2, pipes.failed})
+            _close_inherited_but({0, 1, 2, pipes.failed})
             os.chdir("/")
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             words = [sys.executable, "-I", "-S", "-E", str(_KEEPER), "keep", str(scope.run)]
@@ -323,7 +323,7 @@ def _become(one: _Opened, index: int, said: int, kept: Path | None) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if one.network is not None:
             setns(one.network, NEWNET)
-        _close_all_but({0, 1, 2, said, *start.pass_fds})
+        _close_inherited_but({0, 1, 2, said, *start.pass_fds})
         for fd in (0, 1, 2, *start.pass_fds):
             os.set_inheritable(fd, True)
         if start.capabilities is not None:
@@ -347,10 +347,11 @@ def _be_kept(directory: Path) -> None:
     new.rename(directory / "process")
 
 
-def _close_all_but(kept: set[int]) -> None:
-    low = 0
-    for fd in sorted(kept):
-        if low < fd:  # os.closerange(0, 0) closes everything (Python 3.11)
-            os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+def _close_inherited_but(kept: set[int]) -> None:
+    """Close what this process has from whoever started netorch. Its own descriptors are closed by
+    the exec, the lab's lock among them: so nobody can have that and not see this process's marks.
+    """
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # that of the listing itself
+            if fd not in kept and os.get_inheritable(fd):
+                os.close(fd)

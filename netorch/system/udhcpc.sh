@@ -2,12 +2,14 @@
 # What busybox udhcpc runs in the network namespace of a host when its lease comes, changes or goes.
 # Its directory is the host's in the lab's run directory; `ip` is iproute2's or busybox's. What comes from DHCP
 # can be told from what netorch set: the address has a lifetime, the route the protocol 16 (dhcp).
+# servers.INTERFACE has what it says of name servers. The last step is a second name for that, resolv.INTERFACE, which
+# netorch waits for.
 
 case $1 in
     deconfig)
         ip addr flush dev "$interface"
         ip link set "$interface" up
-        rm -f "resolv.$interface"
+        rm -f "resolv.$interface" "servers.$interface"
         ;;
     bound | renew)
         [ -z "$mtu" ] || ip link set "$interface" mtu "$mtu"
@@ -26,9 +28,10 @@ case $1 in
             for server in $dns; do
                 echo "nameserver $server"
             done
-        } > "resolv.$interface"
+        } > "servers.$interface"
         ;;
 esac
 # Of several interfaces the first one's servers come first.
-cat resolv.eth* > resolv.new 2> /dev/null
-mv resolv.new resolv.conf
+cat servers.eth* > "resolv.new.$interface" 2> /dev/null
+mv "resolv.new.$interface" resolv.conf
+[ ! -e "servers.$interface" ] || [ -e "resolv.$interface" ] || ln "servers.$interface" "resolv.$interface"

@@ -1,7 +1,5 @@
 """Whole labs without guests on the real machine: rest, drift, deadlines, and what is not ours."""
 
-import os
-import signal
 import subprocess
 from collections.abc import Callable
 
@@ -9,7 +7,7 @@ import pytest
 
 from netorch.labs import PlaceChoice
 from tests.isolation import ip, ip_json
-from tests.whole_labs import PLACES, LabMachine, Monitor, links
+from tests.whole_labs import PLACES, LabMachine, Monitor, end_now, links, stops_dnsmasq
 
 Make = Callable[..., LabMachine]
 IN_BOTH = pytest.mark.parametrize("place", PLACES)
@@ -94,13 +92,6 @@ def _files(machine: LabMachine) -> dict[str, tuple[int, int, int]]:
     return {path: (s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats.items()}
 
 
-def _kill(machine: LabMachine, key: str) -> None:
-    pid = machine.processes()[key]
-    pidfd = os.pidfd_open(pid)
-    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    os.close(pidfd)
-
-
 def _in_server(machine: LabMachine, *words: str) -> None:
     ip("-n", machine.scope.namespace("server").name, *words)
 
@@ -127,8 +118,11 @@ DRIFTS: dict[str, tuple[Callable[[LabMachine], object], list[str]]] = {
         lambda m: subprocess.run(["nft", f"delete table inet {m.scope.table}"], check=True),
         ["missing ruleset"],
     ),
-    "dnsmasq": (lambda m: _kill(m, "dnsmasq:default"), ["missing dnsmasq:default"]),
-    "a DHCP client": (lambda m: _kill(m, "dhcp:client:eth0"), ["missing dhcp:client:eth0"]),
+    "dnsmasq": (lambda m: end_now(m.processes()["dnsmasq:default"]), ["missing dnsmasq:default"]),
+    "a DHCP client": (
+        lambda m: end_now(m.processes()["dhcp:client:eth0"]),
+        ["missing dhcp:client:eth0"],
+    ),
     "a route": (lambda m: _in_server(m, "route", "del", "default"), ["changed veth:server:0"]),
     "an address": (
         lambda m: _in_server(m, "addr", "add", "10.0.0.81/24", "dev", "eth0"),
@@ -183,19 +177,10 @@ def test_the_deadline_names_the_late_step(lab_machine: Make, place: PlaceChoice)
     """dnsmasq is stopped as soon as it is there, and so the client's questions get no answer."""
     machine = lab_machine(place)
     machine.write(LAB, "timeout = 2")
-    command = machine.popen(*machine.apply_arguments())
-    assert command.stderr is not None
-    lines = []
-    for line in command.stderr:
-        lines.append(line)
-        if "dnsmasq for default" in line:
-            os.kill(machine.processes()["dnsmasq:default"], signal.SIGSTOP)
-            break
-    _out, err = command.communicate(timeout=60)
-    assert command.returncode == 1, lines
-    if "client has 192.168.122." in err:
-        pytest.fail("the client was quicker than the test")
-    assert "client has no lease of network default yet" in err
+    with machine.apply_in_fork(stops_dnsmasq(machine)) as command:
+        said = command.output.read()
+    assert command.status == 1, said
+    assert "client has no lease of network default yet" in said
     assert machine.netorch("status", machine.name).status == 0
     assert machine.netorch("teardown", machine.name).status == 0
     assert machine.leftovers() == []

@@ -4,13 +4,17 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import pytest
 
 from netorch import labs
 from netorch.engine import Progress
 from netorch.labs import PlaceChoice
+from netorch.system import starting
+from netorch.system.capabilities import confine
 from netorch.system.places import private_places
 from tests.whole_labs import (
     KILLED,
@@ -18,6 +22,8 @@ from tests.whole_labs import (
     At,
     LabMachine,
     calls_into_the_kernel,
+    chosen_seed,
+    end_now,
     in_child,
     kill_at_call,
     kill_self,
@@ -141,11 +147,6 @@ def test_a_teardown_killed_after_each_action(lab_machine: Make) -> None:
     assert number > 10
 
 
-def chosen_seed() -> int:
-    """Another one each time; in CI always the same, so that what fails there can be looked into."""
-    return int(os.environ.get("SEED", 27753 if "CI" in os.environ else random.randrange(1 << 16)))
-
-
 @IN_BOTH
 def test_a_teardown_killed_at_random_calls(lab_machine: Make, place: PlaceChoice) -> None:
     machine = lab_machine(place)
@@ -165,6 +166,37 @@ def test_a_teardown_killed_at_random_calls(lab_machine: Make, place: PlaceChoice
         machine.up()
         in_child(lambda call=call: take_away(call))  # type: ignore[misc]
         machine.down()
+
+
+def test_what_a_killed_apply_was_just_starting_is_seen_by_the_next(lab_machine: Make) -> None:
+    """The apply is killed while a process of its own is about to become dnsmasq."""
+    machine = lab_machine()
+    machine.write(LAB)
+    child = os.fork()
+    if child == 0:
+        _apply_killed_by_what_it_starts(machine)
+    os.waitpid(child, 0)
+    done = machine.apply()
+    assert done.status == 0, done.err
+    assert "dnsmasq for lan" in done.err
+    assert "dnsmasq for default" not in done.err
+    assert machine.differences() == []
+    machine.down()
+
+
+def _apply_killed_by_what_it_starts(machine: LabMachine) -> NoReturn:
+    apply = os.getpid()
+
+    def linger(capabilities: Sequence[int]) -> None:
+        os.kill(apply, signal.SIGKILL)
+        time.sleep(2)
+        confine(capabilities)
+
+    try:
+        pytest.MonkeyPatch().setattr(starting, "confine", linger)
+        machine.apply_here(Progress())
+    finally:  # this child must not go on with the test
+        os._exit(0)
 
 
 @IN_BOTH
@@ -196,7 +228,7 @@ def test_a_private_place_killed_from_outside(
     machine = lab_machine("private")
     machine.write(LAB)
     machine.up()
-    os.kill(private_places()[machine.name].init, signal.SIGKILL)
+    end_now(private_places()[machine.name].init)
     assert "gone" in machine.netorch("ls").out
     status = machine.netorch("status", machine.name)
     assert (status.status, status.out) == (1, "")

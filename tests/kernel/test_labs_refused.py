@@ -3,15 +3,15 @@
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from netorch import cli, report
+from netorch import report
 from netorch.engine import Progress
 from netorch.labs import PlaceChoice
+from netorch.planner import Action
 from netorch.system import namespaces, starting
 from tests import untouched
 from tests.isolation import ip
@@ -22,6 +22,7 @@ from tests.whole_labs import (
     LabMachine,
     Refused,
     in_child,
+    stops_dnsmasq,
     without_numbers,
 )
 
@@ -166,16 +167,15 @@ def test_a_failure_at_each_action_leaves_all_as_before(
 @IN_BOTH
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_in_the_middle(
-    lab_machine: Make, tmp_path: Path, place: PlaceChoice, number: signal.Signals
+    lab_machine: Make, place: PlaceChoice, number: signal.Signals
 ) -> None:
     """The signal comes at each third action, and once more at each action of the rollback."""
     machine = lab_machine(place)
     machine.write(LAB)
     for action in range(1, 14, 3):
-        out = tmp_path / "out"
-        status = _interrupt_after(machine, action, number, out)
-        text = out.read_text()
-        assert status == 1, text
+        with machine.apply_in_fork(_Interrupting(action, number)) as command:
+            text = command.output.read()
+        assert command.status == 1, text
         assert "error: interrupted" in text
         assert "undoing what was done" in text
         assert "undone: delete record" in text
@@ -185,57 +185,32 @@ def test_interrupted_in_the_middle(
 
 @IN_BOTH
 def test_interrupted_while_it_waits_for_the_lease(lab_machine: Make, place: PlaceChoice) -> None:
-    """The signal goes to the whole process group, as Ctrl-C does."""
+    """The signal goes to the whole process group, as Ctrl-C does. dnsmasq is stopped as soon as it
+    is there, and so no lease ever comes.
+    """
     machine = lab_machine(place)
-    machine.write(LAB, "timeout = 30")
-    command = machine.popen(*machine.apply_arguments())
-    assert command.stderr is not None
-    for line in command.stderr:
-        if "dnsmasq for default" in line:
-            os.kill(machine.processes()["dnsmasq:default"], signal.SIGSTOP)
-        if "DHCP client" in line:
-            break
-    os.killpg(command.pid, signal.SIGINT)
-    _out, err = command.communicate(timeout=60)
-    assert command.returncode == 1
-    assert "error: interrupted" in err
-    assert "left behind" not in err
+    machine.write(LAB, "timeout = 600")
+    with machine.apply_in_fork(stops_dnsmasq(machine)) as command:
+        for line in command.output:
+            if "DHCP client" in line:
+                break
+        os.killpg(command.pid, signal.SIGINT)
+        said = command.output.read()
+    assert command.status == 1
+    assert "error: interrupted" in said
+    assert "left behind" not in said
     assert machine.leftovers() == []
 
 
-def _interrupt_after(machine: LabMachine, action: int, number: signal.Signals, out: Path) -> int:
-    """The command line's exit status, in a child which sends itself signals."""
-    child = os.fork()
-    if child == 0:
-        output = os.open(out, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        report.Printer = _Interrupting(action, number)  # type: ignore[misc, assignment]
-        sys.argv = ["netorch", *machine.apply_arguments()]
-        status = 99
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = int(str(end.code))
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def _Interrupting(action: int, number: signal.Signals) -> Callable[..., report.Printer]:
-    class Interrupting(_PRINTER):
-        def done(self, action_done: object) -> None:
-            super().done(action_done)  # type: ignore[arg-type]
+def _Interrupting(action: int, number: signal.Signals) -> type[report.Printer]:
+    class Interrupting(report.Printer):
+        def done(self, action_done: Action) -> None:
+            super().done(action_done)
             if self.count == action:
                 os.kill(os.getpid(), number)
 
-        def undone(self, action_done: object) -> None:
-            super().undone(action_done)  # type: ignore[arg-type]
+        def undone(self, action_done: Action) -> None:
+            super().undone(action_done)
             os.kill(os.getpid(), number)
 
     return Interrupting
-
-
-_PRINTER = report.Printer

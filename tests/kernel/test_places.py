@@ -69,7 +69,7 @@ def is_slirp4netns(process: Path) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, left_over()
@@ -79,9 +79,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 def ask(address: str, server: socket.socket) -> None:
     """Ask for the name `a` at an address, and answer as the server."""
     query = bytes.fromhex("12340100000100000000000001610000010001")
-    server.settimeout(5)
+    server.settimeout(60)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(60)
         sock.connect((address, 53))
         sock.send(query)
         heard, client = server.recvfrom(512)
@@ -228,7 +228,7 @@ def test_orphans_and_sigterm_are_handled_by_pid_1() -> None:
         wait_until(lambda: len(left_over()) == 2)  # PID 1 and the longer sleep: the other is reaped
         pidfd = os.pidfd_open(place.init)
         namespaces.send_signal(pidfd, signal.SIGTERM)
-        assert namespaces.wait_exit(pidfd, 5)
+        assert namespaces.wait_exit(pidfd, 60)
 
     assert run_forked(body) == ""
     assert left_over() == []
@@ -251,7 +251,7 @@ def test_egress(uplink: Uplink, tmp_path: Path) -> None:
     assert places.find(LAB) == [place]
 
     def reach_out() -> None:
-        with socket.create_connection((FAR_ADDRESS, 8000), 5) as connection:
+        with socket.create_connection((FAR_ADDRESS, 8000), 60) as connection:
             connection.sendall(b"hello")
             peer, (address, _) = far.accept()
             assert (peer.recv(5), address) == (b"hello", "10.99.0.2")
@@ -396,7 +396,7 @@ def create_and_die(uplink: Uplink, calls: int) -> bool:
     os.close(held)
     status = os.waitpid(creator, 0)[1]
     # What was forked and not executed holds the pipe: its end says that all of them are gone.
-    assert select.select([alive], [], [], 10)[0]
+    assert select.select([alive], [], [], 60)[0]
     os.close(alive)
     return os.WIFSIGNALED(status)
 

@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> Run:
     return pytest_run
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -80,7 +80,7 @@ def test_a_lab_is_the_modules_or_the_markers(run: Run) -> None:
     shown = run(
         """
         def test_module(lab):
-            lab.host("a").run(["ping", "-c", "1", "-W", "2", lab.ip("b")])
+            lab.host("a").run(["ping", "-c", "1", "-W", "30", lab.ip("b")])
 
         @pytest.mark.lab("other.toml")
         def test_path(lab):
@@ -101,7 +101,7 @@ def test_a_lab_is_the_modules_or_the_markers(run: Run) -> None:
         def test_several(make_lab):
             one, two = make_lab(LAB), make_lab(LAB)
             one.link("b").down()
-            assert two.host("a").run(["ping", "-c", "1", "-W", "2", two.ip("b")])
+            assert two.host("a").run(["ping", "-c", "1", "-W", "30", two.ip("b")])
 
         """,
         files={"other.toml": path},
@@ -183,7 +183,7 @@ def test_ten_workers_with_the_same_addresses_at_once(run: Run) -> None:
             while len(list(Path().glob("up*"))) < 10:  # all ten labs are up at once
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-            lab.host("b").run(["ping", "-c", "1", "-W", "5", "192.168.122.1"])
+            lab.host("b").run(["ping", "-c", "1", "-W", "30", "192.168.122.1"])
         """,
         *("-n", "10", "--maxschedchunk", "1"),
     )

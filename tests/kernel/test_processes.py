@@ -12,7 +12,7 @@ import pytest
 from netorch.errors import KernelError
 from netorch.resources import DhcpClient
 from netorch.system.capabilities import NET_ADMIN, NET_RAW
-from netorch.system.processes import end, end_all, leaders, marked
+from netorch.system.processes import Marked, end, end_all, leaders, marked
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, start
 from tests.isolation import make_host
@@ -27,9 +27,21 @@ def shell(scope: Scope, script: str, **options: object) -> Child:
 
 def run(scope: Scope, script: str, **options: object) -> str:
     child = shell(scope, script, **options)
-    assert child.exit_status(timeout=10) == 0, child.output()
+    assert child.exit_status(timeout=60) == 0, child.output()
     child.close()
     return child.output()
+
+
+def sleeping(scope: Scope, count: int = 1) -> list[Marked]:
+    """The lab's processes, once so many of them sleep. While a shell becomes `sleep`, its marks
+    can't be read for a moment.
+    """
+    while True:
+        found = marked(scope)
+        named = [Path(f"/proc/{one.pid}/comm").read_text() for one in found]
+        if named.count("sleep\n") == count and len(again := marked(scope)) == len(found):
+            return again
+        os.sched_yield()
 
 
 def test_a_process_is_found_by_its_marks_and_ended(scope: Callable[..., Scope]) -> None:
@@ -37,7 +49,7 @@ def test_a_process_is_found_by_its_marks_and_ended(scope: Callable[..., Scope]) 
     child = shell(ours, "exec sleep 100")
     stranger = shell(other, "exec sleep 100")
     elsewhere = shell(msgspec.structs.replace(ours, place=1), "exec sleep 100")
-    (found,) = marked(ours)
+    (found,) = sleeping(ours)
     assert (found.pid, found.resource) == (child.pid, CLIENT)
     end(ours, [found])
     assert marked(ours) == []
@@ -51,18 +63,17 @@ def test_a_process_is_found_by_its_marks_and_ended(scope: Callable[..., Scope]) 
 
 def test_what_ignores_sigterm_is_killed(scope: Callable[..., Scope]) -> None:
     lab = scope()
-    children = [shell(lab, "trap '' TERM; echo ready; exec sleep 100") for _ in range(3)]
-    children.append(shell(lab, "exec sleep 100"))
-    while (lab.run / "log").read_text().count("ready") < 3:
-        os.sched_yield()
-    end(lab, marked(lab), grace=0.1)
+    for _ in range(3):
+        shell(lab, "trap '' TERM; exec sleep 100")
+    shell(lab, "exec sleep 100")
+    end(lab, sleeping(lab, 4), grace=0.1)
     assert marked(lab) == []
 
 
 def test_a_recycled_pid_is_left_alone(scope: Callable[..., Scope]) -> None:
     lab = scope()
     child = shell(lab, "exec sleep 100")
-    (found,) = marked(lab)
+    (found,) = sleeping(lab)
     end(lab, [found._replace(start_time=found.start_time - 1)])
     end(msgspec.structs.replace(lab, lab="other"), [found])
     assert child.exit_status(timeout=0) is None
@@ -72,17 +83,15 @@ def test_a_recycled_pid_is_left_alone(scope: Callable[..., Scope]) -> None:
 def test_ending_what_is_gone_succeeds(scope: Callable[..., Scope]) -> None:
     lab = scope()
     shell(lab, "exec sleep 100")
-    found = marked(lab)
+    found = sleeping(lab)
     end(lab, found)
     end(lab, found)
 
 
 def test_a_child_with_the_same_marks_is_no_second_process(scope: Callable[..., Scope]) -> None:
     lab = scope()
-    child = shell(lab, "sleep 100 & echo ready; wait")
-    while "ready" not in child.output():
-        os.sched_yield()
-    found = marked(lab)
+    child = shell(lab, "sleep 100 & wait")
+    found = sleeping(lab)
     assert len(found) == 2
     assert [process.pid for process in leaders(found)[CLIENT.key]] == [child.pid]
     end(lab, found)
@@ -90,9 +99,9 @@ def test_a_child_with_the_same_marks_is_no_second_process(scope: Callable[..., S
 
 def test_what_a_process_starts_while_it_is_ended_ends_too(scope: Callable[..., Scope]) -> None:
     lab = scope()
-    child = shell(lab, "trap 'sleep 100 & exit' TERM; echo ready; sleep 100")
-    while "ready" not in child.output():
-        os.sched_yield()
+    os.mkfifo(lab.run / "fifo")  # nobody writes to it; and who opens it is no other program
+    shell(lab, "trap 'read line <fifo & exit' TERM; sleep 100")
+    sleeping(lab)
     end_all(lab)
     assert marked(lab) == []
 

@@ -67,10 +67,15 @@ def seconds(source: socket.socket, target: socket.socket) -> float:
 
 
 def check(limited: bool, source: socket.socket, target: socket.socket) -> None:
-    """Whether the way is limited to 8mbit; either may be slower now and then."""
-    took, limit = seconds(source, target), 3 if limited else 0.6
-    assert not limited or took > 0.7
-    assert took < limit or min(seconds(source, target) for _ in range(3)) < limit
+    """Whether the way is limited to 8mbit. Either may be slower on a busy machine, for as often as
+    that is busy; but nothing that comes through as quickly even once has a lower limit.
+    """
+    for _attempt in range(20):
+        took = seconds(source, target)
+        assert not limited or took > 0.7
+        if took < (3 if limited else 0.7):
+            return
+    raise AssertionError(f"{took:.2f} s, and no quicker before")
 
 
 def test_rates_are_kept_by_direction_and_change_under_a_connection(lab_machine: Make) -> None:

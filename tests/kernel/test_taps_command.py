@@ -31,7 +31,7 @@ from netorch.tap_queues import find
 from netorch.tap_report import chosen
 from tests.guest_shapes import guest, nic
 from tests.isolation import ip, require_tun
-from tests.whole_labs import LabMachine
+from tests.whole_labs import LabMachine, settle_carriers
 
 ROOT = Path(__file__).parents[2]
 TUNSETPERSIST = 0x400454CB
@@ -286,6 +286,7 @@ def test_the_nic_of_a_stranger_and_what_is_too_old_to_be_true() -> None:
     assert open_tap(own("vnet2")) == fd
     with holding(fd, words=(*words, device + "52:54:00:00:00:01")):
         assert row() == ["old", None, None, None], "that NIC has left"
+        settle_carriers()  # until then the bridge does not learn on this port
         learned = ["bridge", "fdb", "add", MAC, "dev", own("vnet2"), "master", "dynamic"]
         subprocess.run(learned, check=True)
         assert row() == ["old", None, MAC, "192.168.122.78"]
@@ -339,8 +340,8 @@ def test_a_real_qemu_as_libvirt_starts_it() -> None:
             assert child.stdout is not None
             child.stdin.write(b'{"execute": "qmp_capabilities"}')
             child.stdin.flush()
-            child.stdout.readline()
-            assert b"return" in child.stdout.readline(), "its devices are there"
+            greeting, answer = child.stdout.readline(), child.stdout.readline()
+            assert b"return" in answer, f"its devices are there: {greeting!r} {answer!r}"
             first, second = taps(str(child.pid))
         finally:
             child.kill()

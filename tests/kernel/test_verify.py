@@ -195,7 +195,9 @@ def test_a_service_that_is_there_is_used_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_many_side_by_side(tmp_path: Path) -> None:
-    """Fifty that each wait a second, next to fifty that don't, take no fifty seconds."""
+    """Fifty that each wait a second, next to fifty that don't, take no fifty seconds. On a busy
+    machine each takes longer, and so they are held against their sum.
+    """
     wanted = [expect("other", "server", f"tcp:{p}", reach=False, within=1) for p in range(1, 51)]
     wanted += [expect("client", "server", f"tcp:{port}") for port in range(1001, 1051)]
     with running(tmp_path, "\n".join(wanted)) as lab:
@@ -206,7 +208,7 @@ def test_many_side_by_side(tmp_path: Path) -> None:
         assert listeners(lab, "server") == []
     assert all(verdict.ok for verdict in found), said(found)
     assert sum(verdict.seconds for verdict in found) > 50
-    assert took < 25
+    assert took < sum(verdict.seconds for verdict in found) / 4
 
 
 def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
