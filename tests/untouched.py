@@ -4,9 +4,12 @@ mounts, processes.
 
 import json
 import os
+import select
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from netorch.system.scope import disks_base, run_base
@@ -31,6 +34,16 @@ def machine() -> dict[str, set[str]]:
         "processes": set(_processes()),
         "files": set(_files()),
     }
+
+
+def await_ends(before: dict[str, set[str]], seconds: float) -> None:
+    """Wait for the ends of processes that are new: who was killed may still be about to die."""
+    deadline = time.monotonic() + seconds
+    for line in set(_processes()) - before["processes"]:
+        with suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(int(line.split()[0]))
+            select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))
+            os.close(pidfd)
 
 
 def differences(before: dict[str, set[str]], after: dict[str, set[str]]) -> list[str]:
@@ -84,7 +97,8 @@ def _sysctls() -> Iterator[str]:
     root = Path("/proc/sys/net")
     found = [root / "ipv4/ip_forward", *root.glob("ipv[46]/conf/*/forwarding")]
     for path in [*found, *root.glob("ipv6/conf/*/accept_ra")]:
-        yield f"{path} = {path.read_text().strip()}"
+        with suppress(FileNotFoundError):  # of an interface that is gone meanwhile
+            yield f"{path} = {path.read_text().strip()}"
 
 
 def _mounts() -> Iterator[str]:

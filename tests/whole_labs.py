@@ -141,7 +141,7 @@ class LabMachine:
             if marks_of_it["NETORCH_LAB"] == self.name:
                 with suppress(ProcessLookupError):
                     pidfd = os.pidfd_open(pid)
-                    namespaces.wait_exit(pidfd, 2)
+                    namespaces.wait_exit(pidfd, 20)
                     os.close(pidfd)
         return untouched.differences(self.before, self.look())
 
@@ -427,7 +427,8 @@ def _settle_carriers() -> None:
     try:
         for _event in range(100):
             names = [link["ifname"] for link in isolation.ip_json("link")]
-            links = [link for name in names for link in isolation.ip_json("link", "show", name)]
+            for _twice in range(2):  # of a port's carrier, then of its bridge's that follows
+                links = [link for name in names for link in isolation.ip_json("link", "show", name)]
             if all(
                 {"NO-CARRIER", "LOWER_UP"} & set(link["flags"])
                 for link in links
@@ -459,7 +460,7 @@ class Monitor:
         self._nft = self._start("nft", "monitor")
         for monitor, mark in ((self._ip, self._mark_links), (self._nft, self._mark_rules)):
             assert monitor.stdout is not None
-            for _attempt in range(50):
+            for _attempt in range(600):
                 mark()
                 if _readable(monitor, 0.1):
                     break
