@@ -322,9 +322,12 @@ def test_a_lab_ends_with_the_process_that_made_it(run_dir: Path) -> None:
     os.close(writer)
     name = os.read(reader, 100).decode()
     assert not is_gone(name, run_dir)
+    helper = os.pidfd_open(parent(parent(places.private_places()[name].init)))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    wait_until(lambda: is_gone(name, run_dir))
+    assert wait_exit(helper, PATIENCE), "it ends when all agents have"
+    os.close(helper)
+    assert is_gone(name, run_dir)
 
 
 def test_a_lab_ends_with_its_agent(run_dir: Path) -> None:
