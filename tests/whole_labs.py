@@ -112,7 +112,7 @@ class LabMachine:
             disks=self.disks_base / self.name,
         )
 
-    def write(self, text: str, lab: str = "timeout = 5") -> None:
+    def write(self, text: str, lab: str = "timeout = 60") -> None:
         """Write the topology file, with this lab's name and `lab` in its table [lab]."""
         self.file.write_text(f'[lab]\nname = "{self.name}"\n{lab}\n{text}')
 
