@@ -59,6 +59,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     yield
     if _BEFORE not in session.stash:
         return
+    untouched.await_ends(session.stash[_BEFORE], 30)
     left = untouched.differences(session.stash[_BEFORE], untouched.machine())
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

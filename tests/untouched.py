@@ -4,8 +4,10 @@ mounts, processes.
 
 import json
 import os
+import select
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +34,16 @@ def machine() -> dict[str, set[str]]:
         "processes": set(_processes()),
         "files": set(_files()),
     }
+
+
+def await_ends(before: dict[str, set[str]], seconds: float) -> None:
+    """Wait for the ends of processes that are new: who was killed may still be about to die."""
+    deadline = time.monotonic() + seconds
+    for line in set(_processes()) - before["processes"]:
+        with suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(int(line.split()[0]))
+            select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))
+            os.close(pidfd)
 
 
 def differences(before: dict[str, set[str]], after: dict[str, set[str]]) -> list[str]:

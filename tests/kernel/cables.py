@@ -9,6 +9,9 @@ import subprocess
 
 from netorch.system.namespaces import NEWNET, in_namespace, loopback_up, setns, unshare
 
+PATIENCE = 30  # seconds for what takes no time at all on a machine that isn't busy
+_NOTICES = 0x1 | 0x100  # RTMGRP_LINK, RTMGRP_IPV6_IFADDR
+
 
 def sh(command: str, *, fds: tuple[int, ...] = ()) -> str:
     done = subprocess.run(
@@ -30,13 +33,28 @@ def machine() -> int:
 
 
 def wire(there: int, port: str, address: str = "", gateway: str = "", mac: str = "") -> None:
-    """A cable from the new interface `port` here to a new eth0 of the machine."""
+    """A cable from the new interface `port` here to a new eth0 of the machine; it carries."""
     peer = f"peer name eth0 {f'address {mac}' if mac else ''} netns /proc/self/fd/{there}"
     sh(f"ip link add {port} type veth {peer}; ip link set {port} up", fds=(there,))
     with in_namespace(there):
         sh("ip link set eth0 up")
         if address:
             sh(f"ip addr add {address} dev eth0; ip route add default via {gateway}")
+        wait_for("ip link show dev eth0", "state UP")
+    wait_for(f"ip link show dev {port}", "state UP")
+
+
+def wait_for(command: str, text: str) -> None:
+    """Wait until what a command says of a link holds the text, on the kernel's own notices.
+
+    A carrier comes at once, but what follows from it (the state, a bridge's port that forwards,
+    IPv6) when a worker of the kernel's gets to it (net/core/link_watch.c).
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
+        events.bind((0, _NOTICES))
+        events.settimeout(PATIENCE)
+        while text not in sh(command):
+            events.recv(65536)
 
 
 def bridge(name: str, address: str) -> None:
@@ -52,6 +70,7 @@ def guest_on(name: str, port: str, address: str = "", gateway: str = "", mac: st
     there = machine()
     wire(there, port, address, gateway, mac)
     sh(f"ip link set {port} master {name}")
+    wait_for(f"ip -d link show dev {port}", "state forwarding")
     return there
 
 
@@ -64,7 +83,7 @@ def tcp(
     with in_namespace(client):
         connecting = socket.socket()
     with listening, connecting:
-        connecting.settimeout(5)
+        connecting.settimeout(PATIENCE)
         connecting.bind(("", source))
         try:
             connecting.connect((address, port))

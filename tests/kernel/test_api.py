@@ -1,6 +1,7 @@
 """netorch.Lab for real: labs that a process uses without entering them."""
 
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import netorch
 from netorch import errors, starter
 from netorch.system import places
+from netorch.system.namespaces import wait_exit
 from netorch.system.starting import program
 
 TWO = """
@@ -56,6 +58,7 @@ agent.end()
 print(*sorted(set(sys.modules) - before))
 """
 ENDLESS = ["sleep", "1000"]
+PATIENCE = 60  # seconds for what is quick on a machine that isn't busy
 
 
 @pytest.fixture(autouse=True)
@@ -75,13 +78,13 @@ def up(topology: Any = TWO, **options: Any) -> Iterator[netorch.Lab]:
         starter.finish()
 
 
-def ping(lab: netorch.Lab, host: str, address: str) -> int:
-    done = lab.host(host).run(["ping", "-c", "1", "-W", "1", address], check=False)
+def ping(lab: netorch.Lab, host: str, address: str, patience: int = PATIENCE) -> int:
+    done = lab.host(host).run(["ping", "-c", "1", "-W", str(patience), address], check=False)
     return int(done.returncode)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -129,8 +132,13 @@ def test_run() -> None:
         ) as bad:
             a.run(["sh", "-c", "echo no good >&2; exit 7"])
         assert (bad.value.returncode, bad.value.stderr) == (7, "no good\n")
+        with pytest.raises(errors.CommandError, match=r"still ran after 0.2 s"):
+            a.run(ENDLESS, timeout=0.2)
+        begun = a.popen(["sh", "-c", "echo begun; sleep 1000"], stdout=subprocess.PIPE)
+        assert begun.stdout is not None
+        select.select([begun.stdout], [], [], PATIENCE)  # before its time begins to run
         with pytest.raises(errors.CommandError, match=r"still ran after 0.2 s") as late:
-            a.run(["sh", "-c", "echo begun; sleep 1000"], timeout=0.2)
+            begun.communicate(timeout=0.2)
         assert (late.value.returncode, late.value.stdout) == (None, "begun\n")
         with pytest.raises(errors.MissingError, match="failed to run /nonesuch in host a"):
             a.run(["/nonesuch"])
@@ -167,9 +175,9 @@ def test_popen() -> None:
         with pytest.raises(errors.CommandError, match="still ran"):
             endless.wait(0.05)
         endless.terminate()
-        assert endless.wait(10) == -signal.SIGTERM
+        assert endless.wait(PATIENCE) == -signal.SIGTERM
         left = lab.host("b").popen(ENDLESS)
-    assert left.wait(10) == -signal.SIGKILL, "it ends with the lab"
+    assert left.wait(PATIENCE) == -signal.SIGKILL, "it ends with the lab"
 
 
 def test_a_cable_is_pulled_and_put_back() -> None:
@@ -177,7 +185,7 @@ def test_a_cable_is_pulled_and_put_back() -> None:
         assert ping(lab, "a", lab.ip("b")) == 0
         lab.link("b").down()
         assert "NO-CARRIER" in lab.host("b").run(["ip", "link", "show", "eth0"]).stdout
-        assert ping(lab, "a", lab.ip("b")) != 0
+        assert ping(lab, "a", lab.ip("b"), patience=1) != 0
         assert [row.state for row in lab.status() if row.key == "veth:b:0"] == ["changed"]
         lab.link("b", network="lan").up()
         assert ping(lab, "a", lab.ip("b")) == 0
@@ -192,14 +200,15 @@ def test_a_capture_holds_what_passed_while_the_block_ran(tmp_path: Path) -> None
             lab.capture("lan", path=tmp_path / "lan.pcap") as bridge,
             lab.capture("b") as nic,
         ):
-            lab.host("a").run(["ping", "-c", "5", "-i", "0.01", lab.ip("b")])
+            for _ in range(5):  # each when the one before it was answered
+                assert ping(lab, "a", lab.ip("b")) == 0
         ping(lab, "a", lab.ip("b"))
         assert list(echoes(bridge.pcap())) == [8, 0] * 5
         assert list(echoes(nic.pcap())) == [8, 0] * 5
         assert (tmp_path / "lan.pcap").read_bytes() == bridge.pcap()
         assert bridge.dropped == 0
         with lab.capture("lan") as flood:
-            lab.host("a").run(["ping", "-q", "-c", "6000", "-f", lab.ip("b")], timeout=60)
+            lab.host("a").run(["ping", "-q", "-c", "6000", "-f", lab.ip("b")], timeout=300)
         assert len(list(echoes(flood.pcap()))) + flood.dropped >= 12000
         with pytest.raises(errors.UsageError, match="no host or guest 'nowhere'"):
             lab.capture("nowhere")
@@ -207,7 +216,7 @@ def test_a_capture_holds_what_passed_while_the_block_ran(tmp_path: Path) -> None
 
 def test_a_recorder_keeps_the_beginning() -> None:
     with up() as lab, lab.recorder("lan") as recorder:
-        lab.host("a").run(["ping", "-q", "-c", "400", "-f", lab.ip("b")], timeout=60)
+        lab.host("a").run(["ping", "-q", "-c", "400", "-f", lab.ip("b")], timeout=300)
         assert 512 <= recorder.count < 600  # some more once there is room again
         assert recorder.dropped > 0
 
@@ -263,7 +272,7 @@ def test_labs_of_several_threads_have_the_same_addresses() -> None:
 
     def use() -> None:
         with netorch.Lab(TWO) as lab:
-            all_up.wait(60)
+            all_up.wait(120)
             found.append(ping(lab, "a", "192.168.122.2"))
 
     all_up = threading.Barrier(5)
@@ -293,7 +302,7 @@ def test_leases_and_names() -> None:
     with up(topology) as lab:
         assert sorted(lease.name for lease in lab.leases()) == ["a", "b"]
         assert lab.ip("a") in {lease.address for lease in lab.leases()}
-        assert lab.host("a").run(["ping", "-c", "1", "-W", "2", "b"]).returncode == 0
+        lab.host("a").run(["ping", "-c", "1", "-W", str(PATIENCE), "b"])
         titles = [title for title, _text in lab.sections()]
         assert titles == [f"lab {lab.name}", "leases", "nft rules"]
         shown = dict(lab.sections())
@@ -310,11 +319,15 @@ def test_a_lab_ends_with_the_process_that_made_it(run_dir: Path) -> None:
         os.write(writer, lab.name.encode())
         signal.pause()
         os._exit(0)
+    os.close(writer)
     name = os.read(reader, 100).decode()
     assert not is_gone(name, run_dir)
+    helper = os.pidfd_open(parent(parent(places.private_places()[name].init)))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    wait_until(lambda: is_gone(name, run_dir))
+    assert wait_exit(helper, PATIENCE), "it ends when all agents have"
+    os.close(helper)
+    assert is_gone(name, run_dir)
 
 
 def test_a_lab_ends_with_its_agent(run_dir: Path) -> None:
@@ -324,7 +337,7 @@ def test_a_lab_ends_with_its_agent(run_dir: Path) -> None:
         process = lab.host("a").popen(ENDLESS)
         os.kill(agent, signal.SIGKILL)
         wait_until(lambda: is_gone(lab.name, run_dir))
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(PATIENCE) == -signal.SIGKILL
         with pytest.raises(errors.NetorchError, match="the lab is gone"):
             lab.host("a").run(["true"])
         with pytest.raises(errors.NetorchError, match="the lab is gone"):
@@ -333,10 +346,12 @@ def test_a_lab_ends_with_its_agent(run_dir: Path) -> None:
 
 def test_the_starters_death_ends_no_lab_and_the_next_gets_another() -> None:
     with up() as lab:
-        init = places.private_places()[lab.name].init
-        os.kill(parent(parent(init)), signal.SIGKILL)
+        first = parent(parent(places.private_places()[lab.name].init))
+        pidfd = os.pidfd_open(first)
+        os.kill(first, signal.SIGKILL)
+        assert wait_exit(pidfd, PATIENCE)
+        os.close(pidfd)
         assert ping(lab, "a", lab.ip("b")) == 0
-        wait_until(lambda: parent(parent(init)) != os.getpid())
         with netorch.Lab(TWO) as next_one:
             assert ping(next_one, "a", lab.ip("b")) == 0
             assert ping(lab, "a", lab.ip("b")) == 0

@@ -18,7 +18,7 @@ from netorch.resources import Forwarding, Resource, Ruleset
 from netorch.system.firewall import Firewall, foreign_drops
 from netorch.system.namespaces import in_namespace
 from netorch.system.scope import Scope
-from tests.kernel.cables import bridge, guest_on, machine, sh, tcp, wire
+from tests.kernel.cables import PATIENCE, bridge, guest_on, machine, sh, tcp, wire
 
 FAR = "10.9.0.2"
 GUEST = "192.168.122.6"
@@ -72,7 +72,7 @@ def udp(client: int, server: int, address: str, *, source: int = 0) -> tuple[str
         sending.bind(("", source))
         sending.connect((address, 9000))
         sending.send(b"x")
-        receiving.settimeout(1)
+        receiving.settimeout(PATIENCE)
         try:
             return receiving.recvfrom(10)[1]  # type: ignore[no-any-return]
         except TimeoutError:
@@ -87,7 +87,7 @@ def echo(client: int, address: str) -> bool:
     with raw:
         raw.connect((address, 0))
         raw.send(body)
-        raw.settimeout(1)
+        raw.settimeout(PATIENCE)
         try:
             return raw.recv(100)[20] == 0
         except OSError:  # refused by the gateway, or no answer in time
@@ -182,9 +182,10 @@ def test_no_ipv6_comes_in_from_a_guest() -> None:
         sending = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     with sending, socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as receiving:
         receiving.bind(("::", 9000))
-        receiving.settimeout(1)
+        receiving.settimeout(PATIENCE)
         sending.sendto(b"before", ("fd00::1", 9000))
         assert receiving.recv(10) == b"before"
+        receiving.settimeout(1)
         world.load(segment("nat"))
         sending.sendto(b"after", ("fd00::1", 9000))
         with pytest.raises(TimeoutError):
@@ -206,7 +207,7 @@ def test_an_update_leaves_connections_alone() -> None:
             assert new is not None
             world.firewall.update([Update(old, new)], ignore)
             for sender, receiver in ((connecting, accepted), (accepted, connecting)):
-                receiver.settimeout(3)
+                receiver.settimeout(PATIENCE)
                 sender.send(b"still here")
                 assert receiver.recv(20) == b"still here"
             assert peer[0] == "10.9.0.1"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from netorch.system.namespaces import in_namespace
-from tests.kernel.cables import machine, sh
+from tests.kernel.cables import PATIENCE, machine, sh, wait_for
 
 ROUTER = "10.0.0.254"
 PLAIN = """
@@ -23,7 +23,7 @@ RICH = """
 ip addr add 10.0.0.5/24 brd + dev eth1
 ip addr add 10.0.0.6/24 dev eth1 label eth1:web
 ip addr add 10.7.0.1/32 dev eth1 scope host
-ip addr add 172.16.3.9/16 brd + dev eth1 metric 77 valid_lft 5000 preferred_lft 4000
+ip addr add 172.16.3.9/16 brd + dev eth1 metric 77 valid_lft 5400 preferred_lft 4400
 ip addr add 172.18.0.1/24 dev eth1 noprefixroute
 ip addr add 10.9.9.1 peer 10.9.9.2/32 dev eth1
 ip route add 172.18.0.0/24 dev eth1 proto dhcp scope link src 172.18.0.1 metric 100
@@ -39,11 +39,11 @@ ip route add 198.18.0.0/15 dev eth1 scope link tos 0x10
 RICH6 = """
 ip -6 addr add 2001:db8::5/64 dev eth1 nodad
 ip -6 addr add 2001:db8::6/64 dev eth1
-ip -6 addr add 2001:db8:1::6/64 dev eth1 valid_lft 5000 preferred_lft 4000
+ip -6 addr add 2001:db8:1::6/64 dev eth1 valid_lft 5400 preferred_lft 4400
 ip -6 addr add 2001:db8:2::7/128 dev eth1 noprefixroute
 # settle
 ip -6 route add default via fe80::1 dev eth1 proto static metric 512
-ip -6 route add default via fe80::2 dev eth1 proto ra metric 1024 expires 1700
+ip -6 route add default via fe80::2 dev eth1 proto ra metric 1024 expires 2400
 ip -6 route add 2001:db8:77::/48 via 2001:db8::1 dev eth1 table 77
 ip -6 route add 2001:db8:88::/48 dev other src 2001:db8::6
 """
@@ -72,7 +72,11 @@ def uplink(configuration: str = PLAIN, *, mtu: int = 1500, detection: bool = Fal
         sh(f"ip link set eth0 mtu {mtu} up; ip addr add {ROUTER}/24 dev eth0")
         if has_ipv6():
             sh("ip -6 addr add 2001:db8::1/64 dev eth0 nodad; ip -6 addr add fe80::1/64 dev eth0")
+    for name in ("eth1", "other"):
+        wait_for(f"ip link show dev {name}", "state UP")
     if has_ipv6():
+        for name in ("eth1", "other"):  # the kernel's own address, and its route with it
+            wait_for(f"ip -6 addr show dev {name} scope link", "inet6 fe80")
         settle("eth1")
     for part in configuration.split("# settle"):
         sh(part)
@@ -85,7 +89,7 @@ def settle(name: str) -> None:
     """Wait until duplicate address detection is through, on the kernel's own notices."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
         events.bind((0, 0x100))  # RTMGRP_IPV6_IFADDR
-        events.settimeout(20)
+        events.settimeout(PATIENCE)
         while " tentative" in sh(f"ip -6 addr show dev {name}"):
             events.recv(65536)
 
@@ -120,8 +124,10 @@ def _routes() -> list[str]:
 
 
 def _without_time(line: str) -> str:
-    """Lifetimes run; what they were is rounded to 100 s."""
-    return re.sub(r"\b(\d{3,})sec\b", lambda m: f"{round(int(m[1]), -2)}sec", line).strip()
+    """Lifetimes run; what they were is rounded to 1,000 s. They begin at 400 s above, so that no
+    test takes as long as it takes them to be rounded to the next.
+    """
+    return re.sub(r"\b(\d{3,})sec\b", lambda m: f"{round(int(m[1]), -3)}sec", line).strip()
 
 
 @contextmanager
@@ -130,11 +136,11 @@ def talking(far: int, address: str = "10.0.0.5") -> Iterator["Talk"]:
     with in_namespace(far):
         listening = socket.create_server((ROUTER, 7000))
     with listening:
-        near = socket.create_connection((ROUTER, 7000), timeout=10, source_address=(address, 0))
+        near = socket.create_connection((ROUTER, 7000), PATIENCE, source_address=(address, 0))
         there, _ = listening.accept()
     with near, there:
-        there.settimeout(20)
-        near.settimeout(20)
+        there.settimeout(PATIENCE)
+        near.settimeout(PATIENCE)
         yield Talk(near, there)
 
 
