@@ -32,8 +32,8 @@ from netorch.system.scope import Scope
 # A QEMU that is alive answers in milliseconds, but a machine that starts a hundred guests is busy.
 SECONDS = 30.0
 _AGENT_SECONDS = 5.0
-# From the start of QEMU. A lease is no sign of an agent: tiny's comes a second after it, and ten on a
-# busy machine.
+# From the start of QEMU. A lease is no sign of an agent: tiny's comes a second after it, or ten on
+# a busy machine.
 _BOOT_SECONDS = 60.0
 _DELAYS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)  # of guest-exec-status; the last one repeats
 CUT = "the guest agent hands over 16 MiB of a command's output, and dropped the rest"
