@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -141,7 +142,7 @@ class LabMachine:
             if marks_of_it["NETORCH_LAB"] == self.name:
                 with suppress(ProcessLookupError):
                     pidfd = os.pidfd_open(pid)
-                    namespaces.wait_exit(pidfd, 2)
+                    namespaces.wait_exit(pidfd, 30)
                     os.close(pidfd)
         return untouched.differences(self.before, self.look())
 
@@ -459,12 +460,12 @@ class Monitor:
         self._nft = self._start("nft", "monitor")
         for monitor, mark in ((self._ip, self._mark_links), (self._nft, self._mark_rules)):
             assert monitor.stdout is not None
-            for _attempt in range(50):
+            late = time.monotonic() + 60
+            while True:
                 mark()
                 if _readable(monitor, 0.1):
                     break
-            else:
-                raise AssertionError("the monitor says nothing")
+                assert time.monotonic() < late, "the monitor says nothing"
 
     def changes(self) -> list[str]:
         """What was said; ends the monitors."""
