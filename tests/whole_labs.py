@@ -552,12 +552,12 @@ class Monitor:
         self._nft = self._start("nft", "monitor")
         for monitor, mark in ((self._ip, self._mark_links), (self._nft, self._mark_rules)):
             assert monitor.stdout is not None
-            for _attempt in range(600):
+            late = time.monotonic() + 60
+            while True:
                 mark()
                 if _readable(monitor, 0.1):
                     break
-            else:
-                raise AssertionError("the monitor says nothing")
+                assert time.monotonic() < late, "the monitor says nothing"
 
     def changes(self) -> list[str]:
         """What was said; ends the monitors."""

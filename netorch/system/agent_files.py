@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from netorch.errors import NetorchError
 from netorch.system.copying import PIECE
-from netorch.system.qmp import SECONDS, Agent, Completed, QmpError
+from netorch.system.qmp import Agent, Completed, QmpError
 
 _TURN = 1.0  # seconds
 
@@ -86,7 +86,7 @@ class AgentFiles:
         self._connect()
 
     def _connect(self) -> None:
-        self._agent = Agent(self._path, self.guest, each=SECONDS)
+        self._agent = Agent(self._path, self.guest)
         self._since = time.monotonic()
 
 

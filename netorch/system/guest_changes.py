@@ -18,7 +18,7 @@ stage.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from netorch.errors import NetorchError
 from netorch.nic_devices import SPEC, Ends, Plugged, device, device_id, netdev, netdev_id, spec
@@ -26,7 +26,7 @@ from netorch.resources import Guest, GuestNic, Resource
 from netorch.system.back_ends import open_ends
 from netorch.system.disk_changes import DiskChanges
 from netorch.system.guest_devices import look, reach
-from netorch.system.guest_processes import collected
+from netorch.system.guest_processes import collected, directory_of
 from netorch.system.hotplug import RESUME, FreePorts, ask_to_let_go, await_gone, resume
 from netorch.system.namespaces import wait_exit
 from netorch.system.processes import Marked
@@ -91,12 +91,16 @@ class Running:
         ports = [port for port in self._seen.ports if port not in taken]
         free = FreePorts(self.wanted.name, self.wanted.machine, ports)
         if self._fresh:
-            note_start(self._scope, [nic_key(nic.mac) for _, nic in self._fresh])
+            self._note_start([nic for _, nic in self._fresh])
         for index, nic in self._fresh:
             # Without vhost: a NIC that is added to a running guest has no time to lose.
             plugged = Plugged(nic=nic, index=index, port=free.take(nic.describe()))
             plug(self._scope, self.qmp, self.wanted.name, plugged, accel="")
         self._disks.plug(free)
+
+    def _note_start(self, nics: Iterable[GuestNic]) -> None:
+        console = directory_of(self._scope, self.wanted.name) / "serial.log"
+        note_start(self._scope, {nic_key(nic.mac): console for nic in nics})
 
     def take_links(self) -> None:
         """Links that are to be down, and those of NICs whose network has changed, for a moment."""
@@ -118,7 +122,7 @@ class Running:
             if nic.link == "up" and (old.nic.link == "down" or self._has_moved(nic, old.nic))
         ]
         if asking:
-            note_start(self._scope, [nic_key(nic.mac) for nic in asking])
+            self._note_start(asking)
         for nic in asking:
             _set_link(self.qmp, nic, up=True)
         for index, nic, old in self._kept:

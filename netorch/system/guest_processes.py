@@ -11,7 +11,7 @@ from netorch.system.processes import Marked, end, leaders, marked
 from netorch.system.scope import Scope
 
 UNREACHABLE = "unreachable"
-_KEEPER_SECONDS = 5.0
+_KEEPER_SECONDS = 20.0
 
 
 def directory_of(scope: Scope, guest: str) -> Path:

@@ -208,7 +208,8 @@ class Guests:
             raise MissingError(f"{QEMU} is not installed", _INSTALL_QEMU)
         states = saved.states(self._scope)
         warm = warm_starts.WarmStarts(self._scope, self._progress)
-        note_start(self._scope, [guest.key for guest in guests if guest.name not in states])
+        consoles = {g.key: directory_of(self._scope, g.name) / "serial.log" for g in guests}
+        note_start(self._scope, {g.key: consoles[g.key] for g in guests if g.name not in states})
         started = []
         with contextlib.ExitStack() as opened:
             prepared = []

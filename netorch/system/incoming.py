@@ -17,7 +17,7 @@ from netorch.system.qmp import Agent, Qmp, QmpError, agent_path
 from netorch.system.scope import Scope
 
 _NAME = "state"  # of the descriptor in QEMU
-_AGENT_SECONDS = 2.0
+_AGENT_SECONDS = 10.0  # of an agent that is there: its guest goes on where it stopped
 
 # What libvirt and QEMU itself (migration/options.c) use after a migration; milliseconds.
 _ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
@@ -66,6 +66,6 @@ def settle(scope: Scope, guest: str, qmp: Qmp) -> None:
     # It sets the system's clock first, and then complains where there is no other to be set.
     with (
         contextlib.suppress(NetorchError),
-        Agent(agent_path(scope, guest), guest, _AGENT_SECONDS) as agent,
+        Agent(agent_path(scope, guest), guest, _AGENT_SECONDS, _AGENT_SECONDS) as agent,
     ):
         agent.ask("guest-set-time", {"time": time.time_ns()})

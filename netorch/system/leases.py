@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 # dnsmasq 2.90, src/rfc2131.c, log_packet(): TYPE(interface) [address] mac ...
 _PACKET = re.compile(r"(DHCP[A-Z]+)\([^)]*\) (?:[\d.]+ )?([0-9a-f]{2}(?::[0-9a-f]{2}){5})")
-_CONSOLE_SECONDS = 3.0
+_CONSOLE_SECONDS = 10.0
 _TAIL = 1 << 16  # bytes of a console's log
-_STARTED = re.compile(r"netorch: (\S+) starts")
+_STARTED = re.compile(r"netorch: (\S+) starts(?: at (\d+))?")
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,11 +162,14 @@ def asking_anew(plan: Plan) -> Iterator[str]:
 
 
 class _Log:
-    """dnsmasq's log of one network, followed; `steps` is the last DHCP message by MAC."""
+    """dnsmasq's log of one network, followed; `steps` is the last DHCP message by MAC, `consoles`
+    how long the log of its guest's console was when it started.
+    """
 
     def __init__(self, path: Path, macs: dict[str, list[str]]) -> None:
         self.path = path
         self.steps: dict[str, str] = {}
+        self.consoles: dict[str, int] = {}
         self._macs = macs
         self._position = 0
 
@@ -184,6 +187,7 @@ class _Log:
             elif start := _STARTED.search(line):
                 for mac in self._macs.get(start[1], ()):
                     self.steps.pop(mac, None)
+                    self.consoles[mac] = int(start[2] or 0)
 
 
 class _Wait:
@@ -282,7 +286,10 @@ class _Wait:
         """
         if one.settled is not None:
             return one.settled.exists()
-        if one.console is None or not started or f" {lease.address}/" in _tail(one.console):
+        if one.console is None or not started:
+            return True
+        began = self._logs[one.network].consoles.get(one.mac, 0)
+        if f" {lease.address}/" in _tail(one.console, began):
             return True
         until = self._patience.setdefault(one, time.monotonic() + _CONSOLE_SECONDS)
         return time.monotonic() >= until
@@ -320,11 +327,12 @@ class _Wait:
         return ReadyError("\n".join(lines), "the lab is up: `netorch status` shows the leases")
 
 
-def _tail(log: Path) -> str:
+def _tail(log: Path, began: int) -> str:
+    """The end of what was written to a log since it was `began` bytes long."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL))
+            file.seek(max(began if began <= size else 0, size - _TAIL))  # the keeper may cut it
             return file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""

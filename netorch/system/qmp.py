@@ -32,10 +32,14 @@ from netorch.system.scope import Scope
 # A QEMU that is alive answers in milliseconds, but a machine that starts a hundred guests is busy.
 SECONDS = 30.0
 _AGENT_SECONDS = 5.0
+# From the start of QEMU. A lease is no sign of an agent: tiny's comes a second after it, or ten on
+# a busy machine.
+_BOOT_SECONDS = 60.0
 _DELAYS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)  # of guest-exec-status; the last one repeats
 CUT = "the guest agent hands over 16 MiB of a command's output, and dropped the rest"
 CUT_HINT = "let the command write to a file, and fetch that with `netorch copy`"
 _GRACE = 2.0  # from SIGTERM to SIGKILL, for a command in a guest that has to end
+_KILL_SECONDS = 10.0  # for a busy guest to look for the processes, and for these to go
 
 # Signals a process and its descendants. Where a kernel lists children (/proc/PID/task/TID/children)
 # depends on its configuration; the parent in /proc/PID/stat it always has (proc(5): after the name,
@@ -231,13 +235,13 @@ class Agent(_Lines):
     """A session with the agent inside a guest."""
 
     def __init__(
-        self, path: Path, guest: str, seconds: float = _AGENT_SECONDS, each: float | None = None
+        self, path: Path, guest: str, seconds: float | None = None, each: float = SECONDS
     ) -> None:
-        """Connect and synchronize, within `seconds`, which are for each later request too unless
-        `each` says otherwise. Raises UsageError without guest, ReadyError without agent.
+        """Connect and synchronize, within `seconds`, by default for as long as the guest may boot;
+        `each` is for each later request. Raises UsageError without guest, ReadyError without agent.
         """
         try:
-            client = connect(path, seconds)
+            client = connect(path, _agent_seconds(path) if seconds is None else seconds)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise UsageError(f"guest {guest} does not run") from error
         super().__init__(client, f"the guest agent of {guest}")
@@ -253,7 +257,7 @@ class Agent(_Lines):
                 f"the guest agent of {guest} does not answer",
                 "the guest may still be booting; an image of your own needs qemu-guest-agent",
             ) from error
-        client.settimeout(each or seconds)
+        client.settimeout(each)
 
     def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         self.send(command, arguments)
@@ -270,8 +274,9 @@ class Agent(_Lines):
             return _completed(status)
         for signal in ("TERM", "KILL"):
             killer = self.start(["/bin/sh", "-c", _KILL, "sh", signal, str(pid)])
-            self._ended(killer, _GRACE)
-            if (status := self._ended(pid, _GRACE)) is not None:
+            self._ended(killer, _KILL_SECONDS)
+            grace = _GRACE if signal == "TERM" else _KILL_SECONDS
+            if (status := self._ended(pid, grace)) is not None:
                 return _completed(status)._replace(code=None)
         return Completed(None, b"", b"")  # somebody that it started still has its output open
 
@@ -304,6 +309,14 @@ class Agent(_Lines):
         return dict(status)
 
 
+def _agent_seconds(path: Path) -> float:
+    """How long to wait for the agent behind a socket, which was made when its QEMU was started."""
+    import time
+
+    age = time.time() - path.stat().st_mtime
+    return max(_AGENT_SECONDS, _BOOT_SECONDS - max(age, 0.0))
+
+
 def agent_path(scope: Scope, guest: str) -> Path:
     return scope.run / "guests" / guest / "agent.sock"
 
@@ -316,7 +329,7 @@ def agent_exec(
     seconds: float | None = None,
 ) -> Completed:
     """As `Agent.run`, over a connection of its own. Raises UsageError, ReadyError, QmpError."""
-    with Agent(agent_path(scope, guest), guest, each=SECONDS) as agent:
+    with Agent(agent_path(scope, guest), guest) as agent:
         return agent.run(argv, input, seconds)
 
 

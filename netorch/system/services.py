@@ -15,7 +15,7 @@ they go with the run directory.
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -208,7 +208,7 @@ class DhcpClients:
         busybox = program("busybox")
         if busybox is None:
             raise MissingError("busybox is not installed", _INSTALL_BUSYBOX)
-        note_start(self._scope, [resource.key for resource in wanted])
+        note_start(self._scope, {resource.key: None for resource in wanted})
         for resource in wanted:
             assert isinstance(resource, DhcpClient)
             directory = self._scope.run / "hosts" / resource.host
@@ -251,15 +251,19 @@ def nic_key(mac: str) -> str:
     return f"nic:{mac}"
 
 
-def note_start(scope: Scope, keys: Iterable[str]) -> None:
-    """Write into dnsmasq's logs that these guests, hosts or NICs start: `leases` reads on from
-    there.
+def note_start(scope: Scope, consoles: Mapping[str, Path | None]) -> None:
+    """Write into dnsmasq's logs that these guests, hosts or NICs start, and how much their guests
+    have written to their consoles by now: `leases` reads on from there.
     """
-    text = "".join(f"netorch: {key} starts\n" for key in keys).encode()
+    text = "".join(f"netorch: {key} starts{_at(log)}\n" for key, log in consoles.items()).encode()
     for path in scope.run.glob("dnsmasq-*.log"):
         # One write at the end of the file: dnsmasq's own lines, which it appends too, stay whole.
         with path.open("ab", buffering=0) as log:
             log.write(text)
+
+
+def _at(console: Path | None) -> str:
+    return f" at {console.stat().st_size}" if console is not None and console.exists() else ""
 
 
 def _why(directory: str) -> str:

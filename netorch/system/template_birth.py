@@ -25,7 +25,7 @@ from netorch.system.capabilities import confine
 from netorch.system.qmp import Qmp, connect, listen
 from netorch.system.templates import Unfit
 
-_SECONDS = 60.0  # a boot takes two, and fifteen on a very busy machine
+_SECONDS = 120.0  # a boot takes two, and fifteen on a very busy machine
 _SAYS = b"netorch-tiny: "
 _FIT = b"fit to be copied"
 _UNFIT = b"unfit to be copied: "

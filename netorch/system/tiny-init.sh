@@ -46,8 +46,8 @@ wake() {
     [ -e $IDENTITY ] || return
     read -r token HOST_NAME < $IDENTITY # false: no newline ends it
     once "identity.$token" && ! once woken || return
-    echo "$HOST_NAME" > /proc/sys/kernel/hostname
     : > /run/clock
+    echo "$HOST_NAME" > /proc/sys/kernel/hostname
     number=0
     for nic in $SPARE_NICS; do
         echo "$nic" > $VIRTIO_NET/bind

@@ -2,12 +2,16 @@
 
 import base64
 import json
+import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from netorch.errors import ReadyError
+from netorch.system import qmp
 from netorch.system.qmp import Agent, Completed, listen
 
 PID = 7
@@ -16,9 +20,9 @@ PID = 7
 class FakeAgent:
     """Answers one client. Command PID ends by itself after so many questions, or by `signal`."""
 
-    def __init__(self, path: Path, asked: int, signal: str = "") -> None:
+    def __init__(self, path: Path, asked: int, signal: str = "", late: float = 0.0) -> None:
         self.commands: list[list[str]] = []
-        self._left, self._signal = asked, signal
+        self._left, self._signal, self._late = asked, signal, late
         self._listener = listen(path)
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -29,6 +33,7 @@ class FakeAgent:
 
     def _serve(self) -> None:
         client, _ = self._listener.accept()
+        time.sleep(self._late)
         with client, client.makefile("rwb") as lines:
             for line in lines:
                 request = json.loads(line.rpartition(b"\xff")[2])
@@ -78,3 +83,17 @@ def test_a_command_is_ended_at_its_time_limit(
     fake.end()
     assert done == Completed(None, b"said", b"", cut=True)
     assert [command[-2:] for command in fake.commands[1:]] == [[s, str(PID)] for s in sent]
+
+
+def test_a_guest_that_was_just_started_may_still_boot(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "_AGENT_SECONDS", 0.05)
+    fake = FakeAgent(path, asked=0, late=0.2)
+    with Agent(path, "vm1") as agent:
+        assert agent.run(["true"]).code == 3
+    fake.end()
+    with listen(path):
+        os.utime(path, (0, 0))
+        with pytest.raises(ReadyError, match="agent of vm1 does not answer"):
+            Agent(path, "vm1")

@@ -19,7 +19,7 @@ from tests.isolation import require_tun
 from tests.kernel.cables import sh
 from tests.kernel.machine import PREFIX, on_a_machine
 from tests.kernel.uplinks import PLAIN, ROUTER, standing, uplink
-from tests.qemu.labs.lab import wait_for
+from tests.qemu.labs.lab import SECONDS, wait_for
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("qemu-system-x86_64"), reason="qemu-system-x86_64 is not installed"
@@ -50,7 +50,7 @@ def test_the_bridged_guest_is_on_the_lan_and_the_other_behind_nat(
         assert seen_by(far, name, "vm1") == "10.0.0.5"  # the machine's
         assert seen_by(far, name, "server") == "10.0.0.80"
         with in_namespace(far):
-            sh("ping -c 1 -W 10 10.0.0.120")
+            sh("ping -c 1 -W 60 10.0.0.120")
             sh("ip route add 192.168.122.0/24 via 10.0.0.5")
             with pytest.raises(AssertionError):
                 sh("ping -c 1 -W 2 192.168.122.6")
@@ -113,11 +113,11 @@ def seen_by(far: int, lab: str, node: str) -> str:
     with in_namespace(far):
         listening = socket.create_server((ROUTER, 7000))
     with listening:
-        listening.settimeout(30)
+        listening.settimeout(SECONDS)
         command = [sys.executable, "-m", "netorch", "exec", "--lab", lab, node, "--"]
-        command += ["sh", "-c", f"busybox nc -w 5 {ROUTER} 7000 </dev/null"]
+        command += ["sh", "-c", f"busybox nc -w 60 {ROUTER} 7000 </dev/null"]
         with subprocess.Popen(command, env=dict(os.environ)) as asking:
             accepted, peer = listening.accept()
             accepted.close()
-            asking.wait(60)
+            asking.wait(SECONDS)
     return str(peer[0])

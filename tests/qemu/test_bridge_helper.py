@@ -5,9 +5,9 @@ is, a bridge.conf, and a Python, a checkout and a cache that nobody may read.
 """
 
 import os
-import select
 import shutil
 import site
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +18,7 @@ from netorch.system.bridge_helper import installed
 from netorch.system.namespaces import MS_BIND, mount
 from tests.isolation import ip, ip_json
 from tests.kernel.machine import on_a_machine
+from tests.qemu.labs.lab import SECONDS
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to install a program setuid root"),
@@ -26,6 +27,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
+RTMGRP_NEIGH = 4  # <linux/rtnetlink.h>
 MAC = "52:54:00:00:00:77"
 LAB = f"""
 [networks.lan]
@@ -50,8 +52,8 @@ def test_a_guest_on_a_bridge_that_the_administrator_allows() -> None:
     assert "`allow br0` in /etc/qemu/bridge.conf" in refused.stderr
     assert netorch("ls").stdout == "no lab is running here\n"
     Path("/etc/qemu/bridge.conf").write_text("allow br0\n")
-    # Unbuffered: of two lines that come at once, select would not tell of the second.
-    monitor = subprocess.Popen(["bridge", "monitor", "fdb"], stdout=subprocess.PIPE, bufsize=0)
+    monitor = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    monitor.bind((0, RTMGRP_NEIGH))
     try:
         applied = netorch("apply", "/run/lab.toml")
         assert applied.returncode == 0, applied.stderr
@@ -61,19 +63,17 @@ def test_a_guest_on_a_bridge_that_the_administrator_allows() -> None:
         assert "nothing to do" in netorch("apply", "/run/lab.toml").stdout
         await_learning(monitor)  # the guest asks for an address: its packets come through
     finally:
-        monitor.kill()
-        monitor.communicate()
+        monitor.close()
         gone = netorch("teardown")
     assert gone.returncode == 0, gone.stderr
     assert ports() == before
 
 
-def await_learning(monitor: subprocess.Popen[bytes]) -> None:
-    assert monitor.stdout is not None
-    line = b""
-    while MAC.encode() not in line:
-        assert select.select([monitor.stdout], [], [], 60)[0], "the bridge has not heard of it"
-        line = monitor.stdout.readline()
+def await_learning(monitor: socket.socket) -> None:
+    """Wait until a bridge tells the kernel's listeners of a port with the guest's MAC."""
+    monitor.settimeout(SECONDS)
+    while bytes.fromhex(MAC.replace(":", "")) not in monitor.recv(65536):
+        continue
 
 
 def ports() -> list[str]:

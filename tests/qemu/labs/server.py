@@ -15,7 +15,8 @@ PORT = 7000
 _ECHO_REQUEST = 8
 _TFTP_READ = b"\0\1"
 _TFTP_FIRST_BLOCK = b"\0\3\0\1"
-_SECONDS = 2.0
+_SECONDS = 5.0  # until this is called silence; a SYN is repeated after one and three
+_LATE = 60.0  # for a server that has accepted, on a busy machine
 
 
 def serve() -> None:
@@ -46,6 +47,7 @@ def ask(address: str, port: int) -> str:
     icmp.setblocking(False)
     try:
         with socket.create_connection((address, port), timeout=_SECONDS) as connection:
+            connection.settimeout(_LATE)
             return connection.makefile().readline().strip()
     except TimeoutError:
         return "silent"

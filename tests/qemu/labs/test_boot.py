@@ -130,12 +130,13 @@ def test_a_debian_image_comes_up_with_its_name_key_and_addresses(
             *("ssh", "-F", "none", "-i", key, "-o", "BatchMode=yes"),
             *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"),
             *("-o", "ConnectionAttempts=90", "debian@192.168.122.6"),
+            "until [ $(ip -4 -brief addr show up | grep -c eth) = 2 ]; do sleep 0.1; done; "
             "hostname; getent passwd alice | cut -d: -f1; ip -json -4 address",
         ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=BOOT_SECONDS,
         check=False,
     )
     assert said.returncode == 0, said.stderr

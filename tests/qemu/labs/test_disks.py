@@ -32,7 +32,8 @@ def test_guests_write_to_overlays_and_never_to_the_image(machine: Machine) -> No
     lab = machine.up("disks", LAB)
     for guest in ("raw", "qcow2"):
         log = lab.run / "guests" / guest / "serial.log"
-        assert WROTE.decode() in wait_for(log, lambda text: text.endswith("\n\n"))
+        text = wait_for(log, lambda text: "sector" in text and text.endswith("\n\n"))
+        assert WROTE.decode() in text
         assert _boot_sector() * 2 in _overlay(lab, guest).read_bytes()
     lab.unchanged()
     assert [_digest(image) for image in (raw, qcow2)] == before
@@ -63,7 +64,11 @@ def test_an_image_that_cannot_be_used_is_one_error_and_nothing_is_changed(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
+    assert holder.stdin is not None
     assert holder.stdout is not None
+    holder.stdin.write('{"execute": "qmp_capabilities"}\n')
+    holder.stdin.flush()
+    holder.stdout.readline()  # the greeting, which comes before the disks are opened
     holder.stdout.readline()
     done = machine.netorch("apply", str(file), status=1)
     assert f"{qcow2} is being written to by process {holder.pid}" in done.stderr

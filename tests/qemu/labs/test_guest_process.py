@@ -6,6 +6,7 @@ import re
 import signal
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def _has_no_network(pid: int, member: str) -> None:
     assert {line.split(":")[0].strip() for line in lines} <= {"lo", "ifb0", "ifb1"}
     # Nor has it brought along a socket of the lab's network namespace.
     assert os.stat(f"/proc/{member}/ns/net").st_ino != os.stat(f"/proc/{pid}/ns/net").st_ino
-    links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    links = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # QEMU opens and closes others meanwhile
+            links.append(os.readlink(fd))
     sockets = {link[8:-1] for link in links if link.startswith("socket:")}
     assert sockets
     for table in ("tcp", "tcp6", "udp", "udp6", "raw", "packet"):

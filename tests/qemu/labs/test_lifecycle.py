@@ -44,7 +44,8 @@ def test_order_power_and_supervision(machine: Machine) -> None:
     machine.netorch("pause", "web")
     assert _rows(lab) == {"guest:web": "changed"}
     machine.netorch("resume", "web")
-    said = machine.netorch("stop", "web", "app", "db").stderr.splitlines()
+    lab.exec("web", "true")  # its agent comes after what hears the power button
+    said = machine.netorch("stop", "--timeout", "80", "web", "app", "db").stderr.splitlines()
     assert sum(re.search(r"(web|app|db) is off after \d", line) is not None for line in said) == 3
     assert set(_rows(lab)) == {"guest:web", "guest:app", "guest:db"}
     said = _serving(lab, "start", "web")

@@ -14,7 +14,7 @@ import dns.reversename
 import dns.rrset
 
 from netorch.system import namespaces
-from tests.qemu.labs.lab import Lab, Machine
+from tests.qemu.labs.lab import SECONDS, Lab, Machine
 
 GATEWAY = "192.168.122.1"
 ELSEWHERE = "198.51.100.7"  # what the machine's own name server answers
@@ -55,7 +55,7 @@ def test_names_of_a_domain(machine: Machine) -> None:
             assert _asked(f"{name}.lab.test") == [address]
             assert _asked(name) == [address]
             assert _asked_back(address) == [f"{name}.lab.test."]
-            assert address in lab.sh("vm1", f"ping -c 1 -W 5 {name}")
+            assert address in lab.sh("vm1", f"ping -c 1 -W 60 {name}")
         assert leased["vm1"] in lab.sh("client", "getent ahostsv4 vm1")
         assert "search lab.test" in lab.sh("client", "cat /etc/resolv.conf")
         for unknown in ("vm2.lab.test", "vm2", "a.b.lab.test"):
@@ -67,7 +67,7 @@ def test_names_of_a_domain(machine: Machine) -> None:
         assert asked == ["www.example.org."]
         assert lab.sh("vm1", "cat /sys/class/net/eth0/mtu") == "1400"
         assert lab.sh("client", "cat /sys/class/net/eth0/mtu") == "1400"
-        too_long, fits = (f"ping -c 1 -W 5 -s {size} {GATEWAY}" for size in (1373, 1372))
+        too_long, fits = (f"ping -c 1 -W 60 -s {size} {GATEWAY}" for size in (1373, 1372))
         lab.sh("vm1", fits)
         lab.sh("client", f"busybox {fits}")
         lab.sh("client", f"busybox {too_long}")  # in fragments
@@ -102,7 +102,7 @@ def _asked_back(address: str) -> list[str]:
 
 
 def _answer(name: str, kind: str) -> dns.message.Message:
-    return dns.query.udp(dns.message.make_query(name, kind), GATEWAY, timeout=10)
+    return dns.query.udp(dns.message.make_query(name, kind), GATEWAY, timeout=SECONDS)
 
 
 @contextmanager

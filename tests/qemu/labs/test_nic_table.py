@@ -124,9 +124,6 @@ def settled(lab: Lab, guest: str, ends: list[End]) -> None:
     """Hold that each NIC has its driver and its address. Wires get theirs from here, and what is
     behind "user" and "passt" a route to the address that this NIC alone is to reach.
     """
-    for _try in range(12):  # each takes seconds until the guest's agent runs
-        if lab.exec(guest, "true", status=None).returncode == 0:
-            break
     lines = []
     for end in ends:
         own = f"ip addr add {end.own}/24 dev $nic; " if end.backend == "wire" else ""
@@ -155,7 +152,11 @@ def serve_from(lab: Lab, guest: str) -> str:
     """Let a guest serve; the digest of its data."""
     serving = (f"-p {SENDS} -e cat /data", f"-p {TAKES} -e sh -c 'head -c {SIZE} | md5sum'")
     background = " ".join(f"(nc -ll {words} < /dev/null > /dev/null 2>&1 &);" for words in serving)
-    made = lab.sh(guest, f"head -c {SIZE} /dev/urandom > /data; md5sum /data; {background}")
+    ready = "; ".join(
+        f"until grep -q ':{port:04X} .* 0A ' /proc/net/tcp*; do usleep 10000; done"
+        for port in (SENDS, TAKES)
+    )
+    made = lab.sh(guest, f"head -c {SIZE} /dev/urandom > /data; md5sum /data; {background} {ready}")
     return made.split()[0]
 
 

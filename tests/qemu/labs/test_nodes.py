@@ -27,7 +27,7 @@ nics = [{ network = "default" }]
 def test_quickstart_and_commands_in_its_nodes(machine: Machine) -> None:
     lab = machine.shipped("quickstart")
     lab.unchanged()
-    lab.sh("vm1", "ping -c 1 -W 5 192.168.122.1")
+    lab.sh("vm1", "ping -c 1 -W 60 192.168.122.1")
     lab.serve("server")
     assert lab.sh("vm1", f"nc 203.0.113.80 {PORT}").split()[0] == "203.0.113.1"
     for node in ("vm1", "server"):

@@ -5,7 +5,7 @@ import select
 import socket
 from subprocess import Popen
 
-from tests.qemu.labs.lab import Lab, Machine
+from tests.qemu.labs.lab import SECONDS, Lab, Machine
 from tests.qemu.labs.server import PORT
 
 GATEWAY, SERVER, NAT, BRIDGED = "10.0.0.1", "10.0.0.80", "192.168.122.6", "10.0.0.120"
@@ -33,7 +33,7 @@ def _nat_guest_goes_out_as_the_gateway(lab: Lab, server: Popen[str]) -> None:
         address, port = seen.split()
         assert address == GATEWAY
         assert int(port) >= 1024, "a guest passed as a privileged port"
-    lab.sh("vm1", f"ping -c 1 -W 5 {SERVER}")
+    lab.sh("vm1", f"ping -c 1 -W 60 {SERVER}")
     assert _line(server) == f"ping {GATEWAY}"
 
 
@@ -43,7 +43,7 @@ def _bridged_guest_is_itself(lab: Lab, server: Popen[str]) -> None:
         address, port = seen.split()
         assert address == BRIDGED
         assert 80 <= int(port) < 100
-    lab.sh("vm2", f"ping -c 1 -W 5 {SERVER}")
+    lab.sh("vm2", f"ping -c 1 -W 60 {SERVER}")
     assert _line(server) == f"ping {BRIDGED}"
 
 
@@ -55,7 +55,7 @@ def _nobody_comes_in_to_the_nat_guest(lab: Lab) -> None:
     assert lab.ask("server", NAT, WEB) == REFUSED
     assert "100% packet loss" in lab.sh("server", f"busybox ping -c 1 -W 1 {NAT}", status=1)
     assert REFUSED.split(":")[0] in lab.ask("server", NAT, WEB + 1)
-    assert "refused" in lab.sh("vm2", f"nc -w 5 {NAT} {WEB} 2>&1", status=1)
+    assert "refused" in lab.sh("vm2", f"nc -w 60 {NAT} {WEB} 2>&1", status=1)
     assert _web(NAT) == "192.168.122.1"
 
 
@@ -87,7 +87,7 @@ def _serve_web(lab: Lab, guest: str) -> None:
 
 def _web(address: str) -> str:
     """Whom the guest's web server sees in this process, which is on the gateway."""
-    with socket.create_connection((address, WEB), timeout=10) as connection:
+    with socket.create_connection((address, WEB), timeout=SECONDS) as connection:
         connection.sendall(b"GET /cgi-bin/who HTTP/1.0\r\n\r\n")
         answer = connection.makefile().read()
     found = re.search(r"\n([\d.]+)\s*$", answer)
@@ -97,6 +97,6 @@ def _web(address: str) -> str:
 
 def _line(child: Popen[str]) -> str:
     assert child.stdout is not None
-    readable, _, _ = select.select([child.stdout], [], [], 30)
+    readable, _, _ = select.select([child.stdout], [], [], SECONDS)
     assert readable, "the server has said nothing"
     return child.stdout.readline().strip()

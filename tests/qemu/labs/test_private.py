@@ -26,7 +26,7 @@ def test_two_labs_with_one_subnet(machine: Machine) -> None:
     for lab in labs:
         assert listed[lab.name]["place"]["private"]
         assert listed[lab.name]["file"] == str(lab.file)
-        lab.sh("vm1", "ping -c 1 -W 5 192.168.122.1")
+        lab.sh("vm1", "ping -c 1 -W 60 192.168.122.1")
         lab.sh("vm1", f"touch /{lab.name}")
     for lab, other in (labs, labs[::-1]):
         lab.sh("vm1", f"test -e /{lab.name} && ! test -e /{other.name}")
@@ -51,5 +51,5 @@ def test_two_labs_with_one_subnet(machine: Machine) -> None:
     assert first.name not in machine.netorch("ls").stdout
     assert not first.run.exists()
     assert second.name in machine.netorch("ls").stdout
-    second.sh("vm1", "ping -c 1 -W 5 192.168.122.1")
+    second.sh("vm1", "ping -c 1 -W 60 192.168.122.1")
     second.unchanged()

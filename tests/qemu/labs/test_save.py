@@ -69,7 +69,7 @@ def test_a_saved_guest_goes_on(machine: Machine) -> None:
     after = _count(lab)
     assert before < after < before + 10_000
     _on_time(lab)
-    lab.sh("vm1", "ping -c 1 -W 5 192.168.122.1")
+    lab.sh("vm1", "ping -c 1 -W 60 192.168.122.1")
     lab.unchanged()
 
     _no_space_leaves_it_running(lab)
@@ -221,8 +221,14 @@ def _killed(lab: Lab, module: str, function: str, *command: str) -> None:
 def _count(lab: Lab) -> int:
     """How far the counter in the guest is; it is the same process, and counts on."""
     script = """
-        kill -0 $(cat /run/counter) && was=$(cat /run/count) && sleep 0.5
-        [ "$(cat /run/count)" -gt "$was" ] && echo "$was"
+        kill -0 $(cat /run/counter) || exit
+        count() {
+            until now=$(cat /run/count) && [ "$now" ]; do :; done # it is just being written
+        }
+        count
+        was=$now
+        until [ "$now" -gt "$was" ]; do sleep 0.1; count; done
+        echo "$was"
     """
     return int(lab.sh("vm1", script))
 

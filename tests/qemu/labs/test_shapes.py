@@ -32,7 +32,7 @@ from pathlib import Path
 from netorch.system.tiny import tiny_image
 from tests.guest_shapes import BOOTS, SHAPES
 from tests.isolation import ip, ip_json
-from tests.qemu.labs.lab import TOPOLOGIES, Machine, wait_for
+from tests.qemu.labs.lab import SECONDS, TOPOLOGIES, Machine, wait_for
 from tests.qemu.labs.server import PORT
 
 GOLDEN = Path(__file__).parents[2] / "pure" / "golden"
@@ -177,10 +177,10 @@ def test_isolated(machine: Machine) -> None:
     lab.unchanged()
     leases = lab.leases()
     assert set(leases) == {"vm1", "vm2"}
-    assert leases["vm2"] in lab.sh("vm1", "ping -c 1 -W 5 vm2"), "by its name"
+    assert leases["vm2"] in lab.sh("vm1", "ping -c 1 -W 60 vm2"), "by its name"
     assert leases["vm1"] in lab.sh("vm2", "nslookup vm1")
     assert "default" not in lab.sh("vm1", "ip route")
-    lab.sh("vm1", "ping -c 1 -W 5 192.168.122.1")
+    lab.sh("vm1", "ping -c 1 -W 60 192.168.122.1")
 
 
 def test_hosts_only(machine: Machine) -> None:
@@ -222,7 +222,9 @@ def test_taps_for_a_machine_that_something_else_starts(machine: Machine) -> None
     address = file.split()[2]
     assert address in machine.netorch("leases", lab.name).stdout
     ip("neigh", "flush", "all")
-    subprocess.run(["busybox", "ping", "-c", "1", "-W", "10", address], check=True)
+    # dnsmasq writes of its lease before it has that.
+    ping = f"until busybox ping -c 1 -W 1 {address}; do :; done"
+    subprocess.run(["sh", "-c", ping], check=True, timeout=SECONDS)
     wait_for(other.run / "dnsmasq-second.leases", lambda text: "52:54:00:99:00:02" in text)
     lab.unchanged()
     other.unchanged()
