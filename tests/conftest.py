@@ -1,6 +1,7 @@
 """What all layers of tests share."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from tests import untouched
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "tests")
+
+# Whoever was started in the background by a script ignores it, and so would all that is
+# interrupted here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 _QUICK = {"kernel": 1, "engine": 2, "pure": 3}  # ever quicker than the other layers
