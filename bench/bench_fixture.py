@@ -1,12 +1,13 @@
 """The pytest fixture of a two-host lab, against the bare kernel work of the same objects.
 
-Both in one pytest session, in turns: a test with the fixture (its set-up and tear-down as pytest
-measures them), then the floor: a forked child makes the same namespaces, mounts, bridge and veths
-with the same addresses, by the system calls and ready-made netlink messages alone, and ends.
+Both in one pytest session: tests with the fixture (its set-up and tear-down as pytest measures
+them), and the floor: a forked child makes the same namespaces, mounts, bridge and veths with the
+same addresses, by the system calls and ready-made netlink messages alone, and ends.
 
 The kernel takes namespaces apart in the background after their last process has gone, and that
-holds the lock that making links needs. So there are two figures: with a pause after each turn, and
-without.
+holds the lock that making links needs. So there are two figures: apart, in turns, with a pause
+after each; and back to back, each in a row of its own as a test suite has it, so that each waits
+for what it has left itself.
 
     python bench/bench_fixture.py [TURNS]
 """
@@ -66,7 +67,7 @@ class Cost(NamedTuple):
 
 
 class Durations:
-    """A pytest plugin: the fixture's costs, in turns with the floor's."""
+    """A pytest plugin: the fixture's costs, beside the floor's."""
 
     def __init__(self, pause: float) -> None:
         self.pause = pause
@@ -74,7 +75,8 @@ class Durations:
         self._setup = 0.0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
-        items.sort(key=lambda item: item.callspec.params["turn"])
+        if self.pause:
+            items.sort(key=lambda item: item.callspec.params["turn"])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.passed:
