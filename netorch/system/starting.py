@@ -31,6 +31,7 @@ from typing import NamedTuple, NoReturn
 from netorch.errors import KernelError
 from netorch.resources import Resource
 from netorch.system.capabilities import confine
+from netorch.system.environ import environment_of
 from netorch.system.namespaces import NEWNET, setns, unshare, wait_exit
 from netorch.system.scope import Scope
 
@@ -242,23 +243,10 @@ def _failure(one: Start, number: int) -> KernelError:
 
 def _child(one: _Opened, pid: int) -> Child:
     child = Child(pid, os.pidfd_open(pid), one.start.log, one.log_start)
-    _await_marks(child)
+    # The report pipe is closed some microseconds before the marks can be read: wait for them.
+    with suppress(FileNotFoundError, PermissionError, ProcessLookupError):
+        environment_of(pid)  # else gone, or it has changed its user: then it has been executed
     return child
-
-
-def _await_marks(child: Child) -> None:
-    """Wait until the marks can be read: the kernel closes the report pipe some microseconds before
-    it says where the new environment is (fs/exec.c, begin_new_exec; fs/binfmt_elf.c). No event
-    tells of that, so this gives the processor away until it is there.
-    """
-    while not child.has_ended(0):
-        try:
-            with open(f"/proc/{child.pid}/environ", "rb", buffering=0) as environ:
-                if environ.read(1):
-                    return
-        except (FileNotFoundError, PermissionError, ProcessLookupError):
-            return  # gone, or it has changed its user: then it has been executed
-        os.sched_yield()
 
 
 def _be_in_between(

@@ -83,6 +83,12 @@ def test_a_process_without_environment_is_nobodys(scope: Callable[..., Scope]) -
         assert marked(lab) == []  # a zombie
 
 
+def test_what_drops_its_environment_at_once_is_started(scope: Callable[..., Scope]) -> None:
+    lab = scope()
+    for _ in range(20):
+        assert shell(lab, "exec env -i true").exit_status(timeout=60) == 0
+
+
 def test_what_ignores_sigterm_is_killed(scope: Callable[..., Scope]) -> None:
     lab = scope()
     for _ in range(3):
