@@ -61,16 +61,19 @@ def _press(scope: Scope, name: str, progress: Callable[[str], None]) -> None:
                 saved.drop(scope, name)
                 qmp.ask("cont")  # one that stands still can't hear it
             qmp.ask("system_powerdown")
-    except QmpError as error:
+    except (QmpError, UsageError) as error:
         progress(f"{name}: {error.message}")  # then it is ended when the time is up
 
 
 @contextlib.contextmanager
 def session(scope: Scope, name: str) -> Iterator[Qmp]:
     """A QMP session with a guest. Raises UsageError if it doesn't run, QmpError."""
-    path = directory_of(scope, name) / "qmp.sock"
-    if not path.exists():
-        raise UsageError(f"guest {name} does not run", f"netorch start {name}")
-    with Qmp(path, name) as qmp:
+    try:
+        connected = Qmp(directory_of(scope, name) / "qmp.sock", name)
+    except QmpError as error:
+        if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+            raise UsageError(f"guest {name} does not run", f"netorch start {name}") from error
+        raise
+    with connected as qmp:
         qmp.ready()
         yield qmp
