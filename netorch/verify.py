@@ -282,10 +282,10 @@ class _Run:
         """
         patient = must or question.expect.reach
         until = time.monotonic() + seconds
+        left = seconds  # whatever the clock says, the first attempt has its time
         told = None
         while True:
-            began = time.monotonic()
-            answer = self._attempt(question, vantage, watch, min(began + _ATTEMPT, until))
+            answer = self._attempt(question, vantage, watch, min(_ATTEMPT, left))
             if answer.kind in ("reached", "broken"):
                 return answer
             if answer.kind != "silent":
@@ -293,31 +293,32 @@ class _Run:
                 if not patient:
                     return answer
                 self.patience.wait(min(until, time.monotonic() + _PAUSE))
-            if time.monotonic() >= until:
+            left = until - time.monotonic()
+            if left <= 0:
                 return told or answer
 
-    def _attempt(self, question: Question, node: str, watch: _Watch, until: float) -> Answer:
+    def _attempt(self, question: Question, node: str, watch: _Watch, seconds: float) -> Answer:
         if node != PLACE and node not in self.guests and not self.hosts.get(node):
             return Answer("broken", f"host {node} is not up")
         vantage = self._vantage(node, watch)
         if question.kind == "dns":
-            return self._resolved(question, vantage, until)
+            return self._resolved(question, vantage, seconds)
         address = question.far.address
         if not address and question.far.name and isinstance(vantage, GuestVantage):
             address = question.far.name
         elif not address and question.far.name:
-            answer, found = vantage.dns(question.far.name, question.servers, until)
+            answer, found = vantage.dns(question.far.name, question.servers, seconds)
             if not found:
                 return answer._replace(text=f"no address of {question.far.name}: {answer.text}")
             address = found[0]
         if not address:
             return Answer("unreachable", f"{question.expect.to} has no address")
         if question.kind == "ping":
-            return vantage.ping(address, watch.mark, until)
+            return vantage.ping(address, watch.mark, seconds)
         if question.kind == "tcp":
-            return vantage.tcp(address, question.port, watch.mark, until)
+            return vantage.tcp(address, question.port, watch.mark, seconds)
         return self._arrived(
-            question, vantage.udp(address, question.port, watch.mark, until), watch
+            question, vantage.udp(address, question.port, watch.mark, seconds), watch
         )
 
     def _arrived(self, question: Question, answer: Answer, watch: _Watch) -> Answer:
@@ -339,11 +340,11 @@ class _Run:
         return answer
 
     def _resolved(
-        self, question: Question, vantage: Vantage | GuestVantage, until: float
+        self, question: Question, vantage: Vantage | GuestVantage, seconds: float
     ) -> Answer:
         given = (question.far.address,) if question.far.address else ()
         servers = given if isinstance(vantage, GuestVantage) else given or question.servers
-        answer, found = vantage.dns(question.detail, servers, until)
+        answer, found = vantage.dns(question.detail, servers, seconds)
         if found and question.answers and not set(found) & set(question.answers):
             said = ", ".join(found)
             return Answer("broken", f"{said}, but it has {', '.join(question.answers)}")

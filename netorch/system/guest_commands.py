@@ -47,9 +47,12 @@ class Inside:
             found.setdefault(interface.get("hardware-address", ""), []).extend(v4)
         return found
 
-    def run(self, argv: Sequence[str], until: float) -> Completed | None:
-        """Run a command to its end; None if `until` came first, and then it is ended."""
+    def run(self, argv: Sequence[str], seconds: float) -> Completed | None:
+        """Run a command to its end; None if it takes longer once it is started, and then it is
+        ended.
+        """
         pid = self.start(argv)
+        until = time.monotonic() + seconds
         asked = 0
         try:
             while not (status := self._ask("guest-exec-status", {"pid": pid}))["exited"]:

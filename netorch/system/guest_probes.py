@@ -9,7 +9,6 @@ all), from what ICMP goes to the guest by its taps.
 
 import re
 import socket
-import time
 from collections.abc import Sequence
 
 from netorch.errors import NetorchError
@@ -68,8 +67,8 @@ class GuestVantage:
         self._inside = inside
         self._incoming = incoming
 
-    def ping(self, address: str, mark: Mark, until: float) -> Answer:
-        done = self._run(_PING, address, str(mark.size), _whole(until), until=until)
+    def ping(self, address: str, mark: Mark, seconds: float) -> Answer:
+        done = self._run(_PING, address, str(mark.size), _whole(seconds), seconds=seconds)
         if isinstance(done, Answer):
             return done
         took = re.search(rb"time[=<]([\d.]+) ms", done.out)
@@ -77,21 +76,21 @@ class GuestVantage:
             return Answer("reached", f"{float(took[1]):.1f} ms")
         return self._failure(done, address, socket.IPPROTO_ICMP)
 
-    def tcp(self, address: str, port: int, mark: Mark, until: float) -> Answer:
+    def tcp(self, address: str, port: int, mark: Mark, seconds: float) -> Answer:
         token = mark.token.decode()
-        done = self._run(_TCP, address, str(port), _whole(until), token, until=until)
+        done = self._run(_TCP, address, str(port), _whole(seconds), token, seconds=seconds)
         if isinstance(done, Answer):
             return done
         if done.code == 0:
             return Answer("reached", "connected")
         return self._failure(done, address, socket.IPPROTO_TCP)
 
-    def udp(self, address: str, port: int, mark: Mark, until: float) -> Answer:
+    def udp(self, address: str, port: int, mark: Mark, seconds: float) -> Answer:
         """Reached where anything comes back; tftp takes no echo for an answer to itself, but an
         error is one.
         """
         token = mark.token.decode()
-        done = self._run(_UDP, address, str(port), _whole(until), token, until=until)
+        done = self._run(_UDP, address, str(port), _whole(seconds), token, seconds=seconds)
         if isinstance(done, Answer):
             return done
         if done.code == 0 or b"server error" in done.err:
@@ -99,11 +98,11 @@ class GuestVantage:
         return self._failure(done, address, socket.IPPROTO_UDP)
 
     def dns(
-        self, name: str, servers: Sequence[str], until: float
+        self, name: str, servers: Sequence[str], seconds: float
     ) -> tuple[Answer, tuple[str, ...]]:
         """As Vantage.dns; without servers, those that the guest knows of are asked."""
         server = servers[0] if servers else ""
-        done = self._run(_DNS, name, server, _whole(until), until=until)
+        done = self._run(_DNS, name, server, _whole(seconds), seconds=seconds)
         if isinstance(done, Answer):
             return done, ()
         found = _addresses(done.out.decode(errors="replace"))
@@ -115,10 +114,10 @@ class GuestVantage:
             return Answer("refused", said), ()
         return self._failure(done, server or "its name server", socket.IPPROTO_UDP), ()
 
-    def _run(self, script: str, *arguments: str, until: float) -> Completed | Answer:
+    def _run(self, script: str, *arguments: str, seconds: float) -> Completed | Answer:
         argv = ("/bin/sh", "-c", script, "sh", *arguments)
         try:
-            done = self._inside.run(argv, until + _GRACE)
+            done = self._inside.run(argv, seconds + _GRACE)
         except NetorchError as error:
             return Answer("broken", error.message)
         if done is None:
@@ -148,6 +147,6 @@ def _addresses(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(re.findall(r"(?<![\d.])\d+(?:\.\d+){3}(?![\d.])", lines)))
 
 
-def _whole(until: float) -> str:
-    """The seconds that are left, as programs take them."""
-    return str(max(1, round(until - time.monotonic())))
+def _whole(seconds: float) -> str:
+    """Seconds as programs take them."""
+    return str(max(1, round(seconds)))

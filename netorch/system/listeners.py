@@ -107,7 +107,7 @@ class Listeners:
     def open_in_guest(self, end: End, inside: Inside, seconds: float) -> bool:
         """As `open`, in a guest, for TCP; for so many seconds at most."""
         argv = ("/bin/sh", "-c", _IN_GUEST, "sh", str(end.port), str(int(seconds) + 1))
-        done = inside.run(argv, time.monotonic() + _SECONDS)
+        done = inside.run(argv, _SECONDS)
         words = done.out.decode(errors="replace").split() if done else []
         if words[:1] == ["ready"]:
             self._stack.callback(inside.end, int(words[1]))

@@ -29,6 +29,7 @@ import msgspec
 
 from netorch.errors import ConflictError, KernelError, NetorchError
 from netorch.system import namespaces
+from netorch.system.environ import environment_of
 from netorch.system.namespaces import NEWNET, NEWNS, NEWPID, NEWUSER
 
 Uplink = Literal["auto", "pasta", "slirp4netns", "none"]
@@ -178,8 +179,7 @@ def marked_processes() -> Iterator[tuple[int, dict[str, str]]]:
         try:
             if entry.stat().st_uid != uid:
                 continue
-            with open(f"/proc/{entry.name}/environ", "rb", buffering=0) as file:
-                block = file.read()
+            block = environment_of(int(entry.name))
         except OSError:
             continue  # ended meanwhile, or not dumpable and so not ours to read
         if b"NETORCH_LAB=" not in block or b"NETORCH_PLACE=" not in block:

@@ -1,4 +1,10 @@
-"""The power of running guests: the button, the plug, and standing still, by QMP."""
+"""The power of running guests: the button, the plug, and standing still, by QMP.
+
+QEMU drops a press that comes before the guest's kernel has enabled the button (hw/acpi/core.c,
+acpi_pm1_evt_power_down), and what hears it in the guest may come later still. Nothing tells of
+either, so `stop` presses again while it waits, as OpenStack's nova does each ten seconds. A guest
+that shuts down already takes no notice of another press.
+"""
 
 import contextlib
 import time
@@ -11,34 +17,40 @@ from netorch.system.qmp import Qmp, QmpError
 from netorch.system.scope import Scope
 from netorch.system.watch import Watch
 
+_AGAIN = 5.0  # seconds from one press of the button to the next
+
 
 def stop(
     scope: Scope, guests: Sequence[str], seconds: float, progress: Callable[[str], None]
 ) -> None:
-    """Press the power button of guests; those that still run after `seconds` are ended.
+    """Press the power button of guests, again and again; those that still run after `seconds` are
+    ended.
 
     A guest that doesn't run is left alone. Raises KernelError for a QEMU that can't be ended.
     """
     found = running(scope)
-    began = time.monotonic()
+    began = press = time.monotonic()
+    until = began + seconds
     left = {f"guest:{name}": name for name in guests if f"guest:{name}" in found}
+    deaf: dict[str, str] = {}
     with Watch() as watch:
         for key in left:
             for process in found[key]:
                 watch.process(process, key)
-        if seconds > 0:
-            for name in left.values():
-                _press(scope, name, progress)
-        while left and (rest := began + seconds - time.monotonic()) > 0:
-            _changed, ended = watch.wait(rest)
-            for key in ended & left.keys():
-                progress(f"{left.pop(key)} is off after {time.monotonic() - began:.1f} s")
+        while left and press < until:
+            deaf = _press_all(scope, left.values())
+            press = time.monotonic() + _AGAIN
+            while left and (rest := min(press, until) - time.monotonic()) > 0:
+                _changed, ended = watch.wait(rest)
+                for key in ended & left.keys():
+                    progress(f"{left.pop(key)} is off after {time.monotonic() - began:.1f} s")
     for name in left.values():
         end_is_meant(scope, name)
     end_guests(scope, [process for key in left for process in found[key]])
     for name in left.values():
         late = f": it did not switch itself off within {seconds:.0f} s" if seconds > 0 else ""
-        progress(f"{name} was ended{late}")
+        why = f" ({deaf[name]})" if name in deaf else ""
+        progress(f"{name} was ended{late}{why}")
 
 
 def tell(scope: Scope, guests: Iterable[str], command: str) -> None:
@@ -50,19 +62,27 @@ def tell(scope: Scope, guests: Iterable[str], command: str) -> None:
             qmp.ask(command)
 
 
-def _press(scope: Scope, name: str, progress: Callable[[str], None]) -> None:
-    try:
-        with session(scope, name) as qmp:
-            state = qmp.ask("query-status")["status"]
-            if state == "postmigrate" and saved.path(scope, name).exists():
-                qmp.ask("quit")  # a `save` was killed when all but this was done
-                return
-            if state != "running":
-                saved.drop(scope, name)
-                qmp.ask("cont")  # one that stands still can't hear it
-            qmp.ask("system_powerdown")
-    except (QmpError, UsageError) as error:
-        progress(f"{name}: {error.message}")  # then it is ended when the time is up
+def _press_all(scope: Scope, names: Iterable[str]) -> dict[str, str]:
+    """Press the buttons; by name, those that could not be, and why: who ends just now can't."""
+    deaf = {}
+    for name in names:
+        try:
+            _press(scope, name)
+        except (QmpError, UsageError) as error:
+            deaf[name] = error.message
+    return deaf
+
+
+def _press(scope: Scope, name: str) -> None:
+    with session(scope, name) as qmp:
+        state = qmp.ask("query-status")["status"]
+        if state == "postmigrate" and saved.path(scope, name).exists():
+            qmp.ask("quit")  # a `save` was killed when all but this was done
+            return
+        if state != "running":
+            saved.drop(scope, name)
+            qmp.ask("cont")  # one that stands still can't hear it
+        qmp.ask("system_powerdown")
 
 
 @contextlib.contextmanager

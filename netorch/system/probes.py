@@ -1,8 +1,9 @@
 """Probes from a host, or from the place itself: sockets that are made in its network namespace.
 
 A socket belongs to the namespace that it was made in, so one process can hold sockets of many
-hosts: the thread of a probe is in the host only for that moment. Each function here is one attempt
-with a deadline; whether to try again is `netorch.verify`'s affair.
+hosts: the thread of a probe is in the host only for that moment. Each function here is one attempt,
+with the seconds that it waits for an answer. They count from when it was sent, however long that
+took: who was not asked is not called silent. Whether to try again is `netorch.verify`'s affair.
 
 What comes back instead of an answer is told apart by the kernel's error queue (ip(7), IP_RECVERR):
 a refusal of the far end's own (RST) leaves nothing there, an ICMP message leaves its type, its code
@@ -66,14 +67,14 @@ class Vantage(NamedTuple):
     namespace: Path | None
     patience: Patience
 
-    def ping(self, address: str, mark: Mark, until: float) -> Answer:
+    def ping(self, address: str, mark: Mark, seconds: float) -> Answer:
         try:
             with self._socket(socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
-                return self._ping(sock, address, mark, until)
+                return self._ping(sock, address, mark, seconds)
         except OSError as error:
             return _local(error, address)
 
-    def tcp(self, address: str, port: int, mark: Mark, until: float) -> Answer:
+    def tcp(self, address: str, port: int, mark: Mark, seconds: float) -> Answer:
         began = time.monotonic()
         try:
             with self._socket(socket.SOCK_STREAM) as sock:
@@ -81,6 +82,7 @@ class Vantage(NamedTuple):
                 number = sock.connect_ex((address, port))
                 if number not in (0, errno.EINPROGRESS):
                     return _local(OSError(number, os.strerror(number)), address)
+                until = time.monotonic() + seconds
                 if not self.patience.wait(until, sock.fileno(), select.POLLOUT):
                     return Answer("silent", "no answer")
                 if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -90,12 +92,12 @@ class Vantage(NamedTuple):
         except OSError as error:
             return _local(error, address)
 
-    def udp(self, address: str, port: int, mark: Mark, until: float) -> Answer:
-        answer = self._ask(address, port, mark.token, until)
+    def udp(self, address: str, port: int, mark: Mark, seconds: float) -> Answer:
+        answer = self._ask(address, port, mark.token, seconds)
         return answer if isinstance(answer, Answer) else Answer("reached", f"echo in {answer[1]}")
 
     def dns(
-        self, name: str, servers: Sequence[str], until: float
+        self, name: str, servers: Sequence[str], seconds: float
     ) -> tuple[Answer, tuple[str, ...]]:
         """What the first server says, and the addresses in it: with "refused" it knows none."""
         if not servers:
@@ -106,7 +108,7 @@ class Vantage(NamedTuple):
         import dns.rdatatype
 
         query = dns.message.make_query(name, dns.rdatatype.A)
-        got = self._ask(server, 53, query.to_wire(), until)
+        got = self._ask(server, 53, query.to_wire(), seconds)
         if isinstance(got, Answer):
             return got, ()
         response = dns.message.from_wire(got[0], ignore_trailing=True)
@@ -135,31 +137,36 @@ class Vantage(NamedTuple):
             return socket.socket(socket.AF_INET, flags, protocol)
 
     def _ask(
-        self, address: str, port: int, data: bytes, until: float
+        self, address: str, port: int, data: bytes, seconds: float
     ) -> tuple[bytes, str] | Answer:
         """Send a datagram until something comes back: the reply and its time, or why not."""
         try:
             with self._socket(socket.SOCK_DGRAM) as sock:
                 sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
                 sock.connect((address, port))
-                while (now := time.monotonic()) < until:
+                until = 0.0
+                while True:
+                    began = time.monotonic()
                     sock.send(data)
-                    if self.patience.wait(min(until, now + _AGAIN), sock.fileno()):
+                    until = until or time.monotonic() + seconds
+                    if self.patience.wait(min(until, began + _AGAIN), sock.fileno()):
                         try:
-                            return sock.recv(65535), _ms(now)
+                            return sock.recv(65535), _ms(began)
                         except OSError as error:
                             return _refusal(sock, error.errno or 0, address)
+                    if time.monotonic() >= until:
+                        return Answer("silent", "no answer")
         except OSError as error:
             return _local(error, address)
-        return Answer("silent", "no answer")
 
-    def _ping(self, sock: socket.socket, address: str, mark: Mark, until: float) -> Answer:
+    def _ping(self, sock: socket.socket, address: str, mark: Mark, seconds: float) -> Answer:
         identity = int.from_bytes(os.urandom(2))
         body = mark.token.ljust(mark.size, b".")[: mark.size]
         header = struct.pack("!BBHHH", 8, 0, 0, identity, 1)
         request = header[:2] + struct.pack("!H", _checksum(header + body)) + header[4:] + body
         began = time.monotonic()
         sock.sendto(request, (address, 0))
+        until = time.monotonic() + seconds
         while self.patience.wait(until, sock.fileno()):
             packet, (sender, _) = sock.recvfrom(65535)
             answer = _icmp(packet, sender, address, identity, began)

@@ -4,9 +4,9 @@ Theory of operation
 -------------------
 A process of a lab carries the lab's marks in its environment (`Scope.environment`), with the
 resource that it was started for. The kernel keeps them readable in /proc/PID/environ for as long as
-the process lives, so no pid file can go stale: `marked` is one pass over /proc. Zombies have an
-empty environment and other people's processes are not looked at (anybody can put our marks into his
-own environment).
+the process lives (environ.py tells of the one gap), so no pid file can go stale: `marked` is one
+pass over /proc. Zombies have no environment and other people's processes are not looked at (anybody
+can put our marks into his own environment).
 
 A pid alone is no identity. `end` opens a pidfd first, looks at the marks and the start time after
 that, and signals through the pidfd: a pid that was given to somebody else in between is never hit.
@@ -22,6 +22,7 @@ import msgspec
 
 from netorch.errors import KernelError
 from netorch.resources import AnyResource, decode
+from netorch.system.environ import environment_of
 from netorch.system.namespaces import send_signal
 from netorch.system.scope import Scope
 
@@ -108,9 +109,8 @@ def _look(scope: Scope, pid: int) -> Marked | None:
     """The process, if it is one of the lab's."""
     lab = f"NETORCH_LAB={scope.lab}".encode()
     try:
-        with open(f"/proc/{pid}/environ", "rb", buffering=0) as environ:
-            if lab not in (text := environ.read()):
-                return None
+        if lab not in (text := environment_of(pid)):
+            return None
         entries = text.split(b"\0")
         if lab not in entries or f"NETORCH_PLACE={scope.place}".encode() not in entries:
             return None

@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from netorch.system import namespaces
+from netorch.system.environ import environment_of
 
 _TUNGETDEVNETNS = 0x54E3
 _NAMED = "/run/netns"
@@ -164,8 +165,7 @@ class Queues:
 def marks_of(pid: int) -> dict[str, str]:
     """The NETORCH_ variables of a process; {} where they can't be read."""
     try:
-        with open(f"/proc/{pid}/environ", "rb", buffering=0) as environ:
-            block = environ.read()
+        block = environment_of(pid)
     except OSError:
         return {}
     if b"NETORCH_" not in block:

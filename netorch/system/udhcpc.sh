@@ -31,7 +31,11 @@ case $1 in
         } > "servers.$interface"
         ;;
 esac
-# Of several interfaces the first one's servers come first.
-cat servers.eth* > "resolv.new.$interface" 2> /dev/null
-mv "resolv.new.$interface" resolv.conf
+# Of several interfaces the first one's servers come first. Each interface has a client, and the script of another one
+# may put in place what it has read before this one wrote. So whoever comes last finds that out, and builds it again.
+while :; do
+    servers=$(cat servers.eth* 2> /dev/null)
+    printf '%s\n' "$servers" > "resolv.new.$interface" && mv "resolv.new.$interface" resolv.conf || break
+    [ "$(cat servers.eth* 2> /dev/null)" != "$(cat resolv.conf)" ] || break
+done
 [ ! -e "servers.$interface" ] || [ -e "resolv.$interface" ] || ln "servers.$interface" "resolv.$interface"

@@ -7,7 +7,6 @@ this machine has (bash, iputils' ping, python3), and with nothing.
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,10 @@ from tests.kernel.running import running
 
 MARK = Mark(200, b"netorch-0123456789ab")
 SERVER = "203.0.113.80"
+SOON = 30.0  # something comes back by then even on a busy machine
+# Where nothing comes back, or nothing that the probe sees: it has to begin and to send, which takes
+# a busy machine a while.
+SHORTLY = 6.0
 
 
 class Played(Inside):
@@ -36,7 +39,7 @@ class Played(Inside):
         self.lab = lab
         self.path = path
 
-    def run(self, argv: Sequence[str], until: float) -> Completed | None:
+    def run(self, argv: Sequence[str], seconds: float) -> Completed | None:
         try:
             with inside(self.lab.scope, self.guest):
                 done = subprocess.run(
@@ -44,7 +47,7 @@ class Played(Inside):
                     env={"PATH": self.path},
                     stdin=subprocess.DEVNULL,
                     capture_output=True,
-                    timeout=until - time.monotonic(),
+                    timeout=seconds,
                     check=False,
                 )
         except subprocess.TimeoutExpired:
@@ -71,18 +74,6 @@ def programs(kind: str, tmp_path: Path) -> str:
     return str(directory)
 
 
-def soon() -> float:
-    """Until when something comes back even on a busy machine."""
-    return time.monotonic() + 30
-
-
-def shortly() -> float:
-    """Until when a probe goes on that nothing comes back to, or nothing that it sees; for the probe
-    itself to begin and to send, a busy machine takes a while.
-    """
-    return time.monotonic() + 6
-
-
 @pytest.mark.parametrize("kind", ["busybox", "full"])
 def test_every_probe(kind: str, tmp_path: Path) -> None:
     path = programs(kind, tmp_path)
@@ -96,22 +87,22 @@ def test_every_probe(kind: str, tmp_path: Path) -> None:
         far.echo()
         with Capture(namespace) as capture:
             for probe in (client.ping, partial(client.tcp, port=80), partial(client.udp, port=80)):
-                answer = probe(SERVER, mark=MARK, until=soon())
+                answer = probe(SERVER, mark=MARK, seconds=SOON)
                 assert answer.kind == "reached", answer
                 assert capture.seen(MARK) == ("203.0.113.1", SERVER)
-        assert client.tcp(SERVER, 81, MARK, soon()).kind == "refused"
-        answer, found = client.dns("client", ["192.168.150.1"], soon())
+        assert client.tcp(SERVER, 81, MARK, SOON).kind == "refused"
+        answer, found = client.dns("client", ["192.168.150.1"], SOON)
         if kind == "full" and not shutil.which("nslookup"):
             assert answer.text == "guest client has no nslookup to probe with"
         else:
             assert (answer.kind, len(found)) == ("reached", 1)
-            assert client.dns("nobody", ["192.168.150.1"], soon())[0].kind == "refused"
-            assert back.dns("nobody", ["192.0.2.1"], shortly())[0].kind in ("silent", "rejected")
+            assert client.dns("nobody", ["192.168.150.1"], SOON)[0].kind == "refused"
+            assert back.dns("nobody", ["192.0.2.1"], SHORTLY)[0].kind in ("silent", "rejected")
         with inside(lab.scope, "server"):
             subprocess.run(["ip", "route", "flush", "default"], check=True)
             subprocess.run(["ip", "route", "del", "default"], check=False, capture_output=True)
-        assert back.tcp("198.51.100.1", 80, MARK, soon()).kind == "unreachable"
-        assert back.ping("198.51.100.1", MARK, soon()).kind == "unreachable"
+        assert back.tcp("198.51.100.1", 80, MARK, SOON).kind == "unreachable"
+        assert back.ping("198.51.100.1", MARK, SOON).kind == "unreachable"
 
 
 @pytest.mark.parametrize("kind", ["busybox", "full"])
@@ -121,9 +112,9 @@ def test_a_rejection_is_seen_at_the_guests_cable(kind: str, tmp_path: Path) -> N
     with running(tmp_path, "") as lab, Patience() as patience, Capture(links=["server-0"]) as near:
         server = GuestVantage(Played(lab, "server", patience, path), near)
         for answer in (
-            server.ping("192.168.150.9", MARK, shortly()),
-            server.tcp("192.168.150.9", 80, MARK, shortly()),
-            server.udp("192.168.150.9", 80, MARK, shortly()),
+            server.ping("192.168.150.9", MARK, SHORTLY),
+            server.tcp("192.168.150.9", 80, MARK, SHORTLY),
+            server.udp("192.168.150.9", 80, MARK, SHORTLY),
         ):
             assert answer.text == "rejected by 203.0.113.1 (ICMP port unreachable)"
             assert answer.by == "203.0.113.1"
@@ -138,13 +129,13 @@ def test_a_guest_listens(kind: str, tmp_path: Path) -> None:
         client = GuestVantage(Played(lab, "client", patience, path), None)
         with Listeners(patience) as far:
             assert far.open_in_guest(end, server, 300)
-            while client.tcp(SERVER, 80, MARK, soon()).kind == "refused":
+            while client.tcp(SERVER, 80, MARK, SOON).kind == "refused":
                 pass  # it takes a moment to start
-            assert client.tcp(SERVER, 80, MARK, soon()).kind == "reached"
+            assert client.tcp(SERVER, 80, MARK, SOON).kind == "reached"
             assert not far.open_in_guest(end, server, 300)
-        while client.tcp(SERVER, 80, MARK, soon()).kind == "reached":
+        while client.tcp(SERVER, 80, MARK, SOON).kind == "reached":
             pass  # and to end
-        assert client.tcp(SERVER, 80, MARK, soon()).kind == "refused"
+        assert client.tcp(SERVER, 80, MARK, SOON).kind == "refused"
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -152,9 +143,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with running(tmp_path, "") as lab, Patience() as patience:
         client = GuestVantage(Played(lab, "client", patience, path), None)
         for answer, missing in (
-            (client.ping(SERVER, MARK, soon()), "no ping"),
-            (client.tcp(SERVER, 80, MARK, soon()), "neither bash nor busybox's nc"),
-            (client.udp(SERVER, 80, MARK, soon()), "neither bash nor busybox's tftp"),
-            (client.dns("client", [], soon())[0], "no nslookup"),
+            (client.ping(SERVER, MARK, SOON), "no ping"),
+            (client.tcp(SERVER, 80, MARK, SOON), "neither bash nor busybox's nc"),
+            (client.udp(SERVER, 80, MARK, SOON), "neither bash nor busybox's tftp"),
+            (client.dns("client", [], SOON)[0], "no nslookup"),
         ):
             assert answer == ("broken", f"guest client has {missing} to probe with", "")

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from netorch.errors import KernelError
 from netorch.resources import DhcpClient
 from netorch.system.capabilities import NET_ADMIN, NET_RAW
+from netorch.system.environ import environment_of
+from netorch.system.places import marked_processes
 from netorch.system.processes import Marked, end, end_all, leaders, marked
 from netorch.system.scope import Scope
 from netorch.system.starting import Child, start
@@ -33,14 +36,12 @@ def run(scope: Scope, script: str, **options: object) -> str:
 
 
 def sleeping(scope: Scope, count: int = 1) -> list[Marked]:
-    """The lab's processes, once so many of them sleep. While a shell becomes `sleep`, its marks
-    can't be read for a moment.
-    """
+    """The lab's processes, once so many of them sleep."""
     while True:
         found = marked(scope)
         named = [Path(f"/proc/{one.pid}/comm").read_text() for one in found]
-        if named.count("sleep\n") == count and len(again := marked(scope)) == len(found):
-            return again
+        if named.count("sleep\n") == count:
+            return found
         os.sched_yield()
 
 
@@ -59,6 +60,27 @@ def test_a_process_is_found_by_its_marks_and_ended(scope: Callable[..., Scope]) 
     for left in (stranger, elsewhere):
         os.kill(left.pid, signal.SIGKILL)
         assert left.exit_status() == -signal.SIGKILL
+
+
+def test_a_process_is_found_in_the_middle_of_an_exec(scope: Callable[..., Scope]) -> None:
+    lab = scope()
+    script = lab.run / "again"
+    script.write_text('#!/bin/sh\nexec "$0"\n')
+    script.chmod(0o700)
+    child = shell(lab, f"exec {script}")
+    for _ in range(500):
+        assert [process.pid for process in marked(lab)] == [child.pid]
+        assert [pid for pid, _marks in marked_processes() if pid == child.pid]
+
+
+def test_a_process_without_environment_is_nobodys(scope: Callable[..., Scope]) -> None:
+    lab = scope()
+    with subprocess.Popen(["sleep", "100"], env={}) as child:
+        assert environment_of(child.pid) == b""
+        assert marked(lab) == []
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert marked(lab) == []  # a zombie
 
 
 def test_what_ignores_sigterm_is_killed(scope: Callable[..., Scope]) -> None:

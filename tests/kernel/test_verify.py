@@ -1,5 +1,6 @@
 """netorch verify on labs of hosts: every probe, both answers, and what it leaves behind."""
 
+import itertools
 import json
 import os
 import signal
@@ -8,7 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as xml
+
+import pytest
 
 from netorch import labs
 from netorch.engine import Progress
@@ -17,8 +21,9 @@ from netorch.labs import Lab
 from netorch.planner import Update
 from netorch.resources import Record
 from netorch.system.leases import read
+from netorch.system.probes import Answer
 from netorch.topology import parse
-from netorch.verify import verify
+from netorch.verify import _Run, verify
 from tests.isolation import inside
 from tests.kernel.running import LAB, expect, running
 
@@ -74,6 +79,25 @@ def test_every_way_of_reaching(tmp_path: Path) -> None:
     assert found[2].observed.startswith("echo in ")
     assert found[8].observed == "it arrives, and nobody answers"
     assert found[11].observed.endswith(" on eth0")
+
+
+@pytest.mark.parametrize(("to", "by"), [("server", "udp:5000"), ("", "dns:client")])
+def test_no_verdict_without_a_probe(
+    to: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline passes while the process stands still, right before the attempt."""
+    clock, attempt = time.monotonic, _Run._attempt
+    stood_still = itertools.count(1)
+
+    def late(self: _Run, *arguments: Any) -> Answer:
+        passed = 100 * next(stood_still)
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + passed)
+        return attempt(self, *arguments)
+
+    monkeypatch.setattr(_Run, "_attempt", late)
+    # One at a time: the time of an attempt that runs must not pass, too.
+    (verdict,) = verdicts(tmp_path, expect("client", to, by))
+    assert verdict.ok, verdict.observed
 
 
 def test_what_is_seen_is_compared(tmp_path: Path) -> None:
