@@ -86,7 +86,7 @@ def show(node: Node, where: str, say: Callable[[str, str], None]) -> None:
         own = viewers.own_display(qmp, node.name)
     processes = running(node.lab.scope).get(f"guest:{node.name}")
     if not processes:
-        raise UsageError(f"guest {node.name} does not run")
+        raise UsageError(f"guest {node.name} does not run", f"netorch start {node.name}")
     pidfd = os.pidfd_open(processes[0].pid)
     try:
         with viewers.listening(where) as listener:
@@ -153,7 +153,9 @@ def _qmp(node: Node) -> Iterator[Qmp]:
         session = Qmp(_directory(node) / "qmp.sock", node.name)
     except QmpError as error:
         if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
-            raise UsageError(f"guest {node.name} does not run") from error
+            raise UsageError(
+                f"guest {node.name} does not run", f"netorch start {node.name}"
+            ) from error
         raise
     with session:
         session.ready()

@@ -30,7 +30,7 @@ from netorch.cli_options import (
     seconds,
 )
 from netorch.errors import ApplyError, MissingError, NetorchError, TopologyError, UsageError
-from netorch.output import echo, style
+from netorch.output import FROM_OUTSIDE, echo, silence, style
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -157,7 +157,10 @@ def verify(lab: str | None, as_json: bool, junit: Path | None) -> None:
     if junit is not None:
         from netorch.junit import document
 
-        junit.write_text(document(found.name, verdicts), encoding="utf-8")
+        try:
+            junit.write_text(document(found.name, verdicts), encoding="utf-8")
+        except OSError as error:
+            raise NetorchError(f"failed to write {junit}: {error.strerror}") from error
     if as_json:
         report.json_out(report.verdicts_json(verdicts))
     else:
@@ -335,9 +338,14 @@ def main() -> NoReturn:
         echo("\ninterrupted", err=True)
         sys.exit(1)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # so that the flush at exit is silent
+        silence()
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in FROM_OUTSIDE:
+            raise
+        silence()
+        what = f"{error.filename}: " if error.filename else ""
+        _complain(NetorchError(f"{what}{error.strerror}"))
         sys.exit(1)
     sys.exit(0)
 

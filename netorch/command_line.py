@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from netorch.cli_options import Command, argument
+from netorch.cli_options import ANY_COMMAND, Command, argument
 from netorch.errors import UsageError
 
 _HELP = argument("-h", "--help", action="help", help="Show this message and exit.")
@@ -78,7 +78,9 @@ def _parser(command: Command) -> _Parser:
         add_help=False,
     )
     for names, how in (*command.arguments, _HELP):
-        parser.add_argument(*names, **how)
+        made = parser.add_argument(*names, **how)
+        if how.get("nargs") in (ANY_COMMAND, "*"):
+            made.required = False  # argparse would name it where another one is missing
     return parser
 
 

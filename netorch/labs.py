@@ -285,7 +285,7 @@ def _apply_here(
             for drop in foreign_drops():
                 progress.warn(drop)
         warn_of_managers(plan, progress)
-        if lab.scope.disks.exists():
+        if rundir.is_ours(lab.scope.disks):
             from netorch.system import saved
             from netorch.system.disks import forget_removed
 
@@ -350,8 +350,8 @@ def _outside(name: str, run: Path) -> Scope:
 
 def _create_private(topology: Topology, run: Path) -> Place:
     name = topology.name
-    refuse_in_private(topology)
     try:
+        refuse_in_private(topology)
         return create_private(name, run, topology.lab.uplink, uplink_subnet(topology))
     except BaseException:
         if rundir.recorded(run) is None:

@@ -97,7 +97,7 @@ def why(node: Node, target: str) -> "list[Hop]":
 def _in_guest(node: Node, command: Sequence[str], seconds: float | None) -> int:
     from netorch.system.qmp import CUT, CUT_HINT, QmpError, agent_exec
 
-    data = b"" if sys.stdin.isatty() else sys.stdin.buffer.read(_MAX_INPUT + 1)
+    data = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read(_MAX_INPUT + 1)
     if len(data) > _MAX_INPUT:
         raise UsageError(
             f"the guest agent takes {_MAX_INPUT >> 20} MiB of input for a command at most",

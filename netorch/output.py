@@ -3,11 +3,15 @@
 As https://no-color.org has it, a NO_COLOR that isn't empty takes the styles away.
 """
 
+import errno
 import os
 import re
 import sys
 from typing import TextIO
 
+# What the machine says no with, wherever it is met: a full disk, a file that is somebody else's. No
+# traceback is needed to mend that.
+FROM_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 _COLOURS = {"red": 31, "green": 32, "yellow": 33, "magenta": 35}
 _STYLES = re.compile(r"\x1b\[[;?0-9]*[a-zA-Z]")
 
@@ -18,6 +22,12 @@ def style(text: str, colour: str, bold: bool = False) -> str:
 
 def unstyle(text: str) -> str:
     return _STYLES.sub("", text)
+
+
+def silence() -> None:
+    """Have the flush at exit say nothing of a standard output that can't be written."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def echo(text: str = "", err: bool = False) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from netorch.addresses import uplink_subnet
-from netorch.errors import ConflictError, ImageError, UsageError
+from netorch.errors import ConflictError, ImageError, UsageError, dotted
 from netorch.facts import Facts, Uplink
 from netorch.guest_disks import disks_of, files_of
 from netorch.model import Topology
@@ -20,8 +20,8 @@ def with_names(facts: Facts, topology: Topology) -> Facts:
 
         with contextlib.suppress(ImageError):  # the guests' adapter names all that can't be read
             formats[file] = image_format(Path(file))
-    owners = {taps.owner for taps in topology.taps.values() if isinstance(taps.owner, str)}
-    users = {owner: _uid_of(owner) for owner in owners}
+    owners = {t.owner: name for name, t in topology.taps.items() if isinstance(t.owner, str)}
+    users = {owner: _uid_of(owner, name) for owner, name in owners.items()}
     return msgspec.structs.replace(facts, users=users, formats=formats)
 
 
@@ -42,14 +42,14 @@ def refuse_held(topology: Topology) -> None:
         raise ConflictError("\n".join(found))
 
 
-def _uid_of(user: str) -> int:
+def _uid_of(user: str, taps: str) -> int:
     import pwd
 
     try:
         return pwd.getpwnam(user).pw_uid
     except KeyError as error:
         raise UsageError(
-            f"there is no user {user!r} to own a tap", "a number does as well"
+            f"{dotted(('taps', taps, 'owner'))}: there is no user {user!r}", "a number does as well"
         ) from error
 
 

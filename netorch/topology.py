@@ -29,11 +29,15 @@ _SYNTAX_HINTS = {
 __all__ = ["checked", "load", "memory_mib", "parse"]
 
 
+_LARGEST = 16 << 20  # bytes; a disk image, or /dev/zero, would fill the memory
+
+
 def load(path: Path) -> Topology:
     """The topology in the file. Raises TopologyError for a file that can't be read or is wrong."""
     source = str(path)
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
     except FileNotFoundError as error:
         raise TopologyError(source, [Mistake("", "there is no such file")]) from error
     except IsADirectoryError as error:
@@ -42,6 +46,9 @@ def load(path: Path) -> Topology:
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
         raise TopologyError(source, [Mistake("", f"can't be read: {reason}")]) from error
+    if len(raw) > _LARGEST:
+        mistake = Mistake("", f"is larger than {_LARGEST >> 20} MiB", "is it a topology?")
+        raise TopologyError(source, [mistake])
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -64,9 +64,10 @@ class _Walk:
                 if value is not _WRONG:
                     values[field.name] = value
             elif field.required:
-                self._wrong((*path, name), "is missing", f'write {name} = "..."')
+                value = "..." if isinstance(field.type, inspect.IntType) else '"..."'
+                self._wrong((*path, name), "is missing", f"write {name} = {value}")
             if field.required and field.name not in values:
-                values[field.name] = ""  # every required key of the model is a string
+                values[field.name] = ""  # what is broken is not looked at
         return kind.cls(**values)
 
     def _unknown(self, name: str, known: list[str], table: Any, path: Key) -> None:

@@ -25,7 +25,7 @@ from netorch.system import Adapter, InHalves
 from netorch.system.firewall import Firewall
 from netorch.system.links import Links
 from netorch.system.look import Look
-from netorch.system.rundir import Records
+from netorch.system.rundir import Records, is_ours
 from netorch.system.scope import SEEDS, Scope
 from netorch.system.snapshot import uplink_mark
 
@@ -131,8 +131,8 @@ def adapters(
         Firewall(scope),
         PromisedInHalves((Dnsmasq,), lambda look: look.has_process("dnsmasq"), dnsmasqs),
         Promised((DhcpClient,), lambda look: look.has_process("dhcp"), clients),
-        Promised((Overlay, Volume), lambda look: scope.disks.exists(), disks),
-        Promised((Variables,), lambda look: scope.disks.exists(), flash),
+        Promised((Overlay, Volume), lambda look: is_ours(scope.disks), disks),
+        Promised((Variables,), lambda look: is_ours(scope.disks), flash),
         Promised((Seed,), lambda look: (scope.run / SEEDS).exists(), seeds),
         Promised((Guest,), lambda look: look.has_process("guest"), guests),
     ]

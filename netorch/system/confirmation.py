@@ -170,7 +170,7 @@ def pending(lab: str, run: Path) -> Pending | None:
     answer = _ask(lab, b"status")
     if answer:
         return Pending(float(answer), alive=True)
-    return Pending(0.0, alive=False) if (run / _FILE).exists() else None
+    return Pending(0.0, alive=False) if os.path.exists(run / _FILE) else None
 
 
 def refuse_while_pending(lab: str, run: Path) -> None:

@@ -31,7 +31,9 @@ def console(path: Path, escape: str = "ctrl-]", log: Path | None = None) -> int:
     try:
         guest = connect(path)
     except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise UsageError(f"guest {path.parent.name} does not run") from error
+        raise UsageError(
+            f"guest {path.parent.name} does not run", f"netorch start {path.parent.name}"
+        ) from error
     with guest, _raw(0) as is_terminal:
         guest.settimeout(None)
         if is_terminal:

@@ -21,7 +21,7 @@ from netorch.disk_devices import Source, device_id, writes
 from netorch.errors import ImageError, MissingError
 from netorch.planner import Update
 from netorch.resources import GuestDisk, Overlay, Resource, Volume
-from netorch.system import saved
+from netorch.system import rundir, saved
 from netorch.system.disk_removal import block_nodes, unplug
 from netorch.system.guest_devices import reach
 from netorch.system.guest_processes import directory_of, running
@@ -72,13 +72,17 @@ class Disks:
     def check(self, wanted: Sequence[Resource]) -> list[str]:
         if wanted and program("qemu-img") is None:
             return [f"qemu-img is not installed: {_INSTALL}"]
+        if wanted and self._scope.disks.exists() and not rundir.is_ours(self._scope.disks):
+            hint = "set NETORCH_DISK_DIR to a directory of its own"
+            return [f"{rundir.foreign(self._scope.disks)}: {hint}"]
         return []
 
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
+        rundir.make_disks(self._scope)
         children = []
         for resource in wanted:
             path = self._path(resource)
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
             if self._is_aside(resource):
                 _aside(path).rename(path)
                 done(resource)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from netorch.errors import ImageError, MissingError
 from netorch.planner import Update
 from netorch.resources import Resource, Variables
+from netorch.system import rundir
 from netorch.system.scope import Scope
 
 _PACKAGES = Path("/usr/share/qemu/firmware")
@@ -124,7 +125,7 @@ class FlashFiles:
     def create(self, wanted: Sequence[Resource], done: Callable[[Resource], None]) -> None:
         import shutil
 
-        self._scope.disks.mkdir(mode=0o700, parents=True, exist_ok=True)
+        rundir.make_disks(self._scope)
         for resource in wanted:
             assert isinstance(resource, Variables)
             path = variables_path(self._scope, resource.guest, resource.machine)

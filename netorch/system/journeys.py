@@ -61,6 +61,8 @@ def plan(
     `own` are this machine's addresses. Raises UsageError for a name that the lab doesn't have.
     """
     starts = _ends(desired, leases, source)
+    if target == source:
+        raise UsageError(f"{source} always reaches itself", "name another target")
     if target in _nodes(desired):
         start, end = _nearest(starts, _ends(desired, leases, target))
         return _journey(desired, start, end, end.address, own)

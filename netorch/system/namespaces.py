@@ -52,6 +52,15 @@ def setns(fd: int, kinds: int) -> None:
     _check(_libc.setns(fd, kinds))
 
 
+def keep_home() -> None:
+    """Have HOME, also where it was not set: as root of a user namespace this process would be told
+    that of the machine's root.
+    """
+    home = os.path.expanduser("~")
+    if os.path.isabs(home):
+        os.environ.setdefault("HOME", home)
+
+
 def unshare(kinds: int) -> None:
     """Give this thread namespaces of its own; NEWPID takes effect for its children."""
     _check(_libc.unshare(kinds))

@@ -122,6 +122,7 @@ def settle(lab: str, run: Path) -> int:
 def _settle(run: Path, founded: _Founded) -> None:
     uid, gid = os.geteuid(), os.getegid()
     founded.step = "user namespace"
+    namespaces.keep_home()
     namespaces.unshare(namespaces.NEWUSER)
     founded.step = "id map"
     _write("/proc/self/setgroups", "deny")

@@ -90,6 +90,7 @@ def enter(place: Place) -> None:
     pidfd = _open_init(place)
     if pidfd is None:
         raise NetorchError(f"failed to enter the private place of {place.lab}: it is gone")
+    namespaces.keep_home()
     try:
         namespaces.setns(pidfd, NEWUSER | NEWNET | NEWNS | NEWPID)
     except ProcessLookupError as error:

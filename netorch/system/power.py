@@ -68,7 +68,7 @@ def _press_all(scope: Scope, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         try:
             _press(scope, name)
-        except QmpError as error:
+        except (QmpError, UsageError) as error:
             deaf[name] = error.message
     return deaf
 
@@ -88,9 +88,12 @@ def _press(scope: Scope, name: str) -> None:
 @contextlib.contextmanager
 def session(scope: Scope, name: str) -> Iterator[Qmp]:
     """A QMP session with a guest. Raises UsageError if it doesn't run, QmpError."""
-    path = directory_of(scope, name) / "qmp.sock"
-    if not path.exists():
-        raise UsageError(f"guest {name} does not run", f"netorch start {name}")
-    with Qmp(path, name) as qmp:
+    try:
+        connected = Qmp(directory_of(scope, name) / "qmp.sock", name)
+    except QmpError as error:
+        if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+            raise UsageError(f"guest {name} does not run", f"netorch start {name}") from error
+        raise
+    with connected as qmp:
         qmp.ready()
         yield qmp

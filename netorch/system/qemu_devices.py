@@ -61,7 +61,7 @@ def qemu_devices(qemu: str) -> QemuDevices:
     path = Path(qemu).resolve()
     found = path.stat()
     memory = cache_directory() / f"qemu-{path.name}"
-    with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+    with contextlib.suppress(OSError, msgspec.DecodeError):  # none, or somebody else's
         known = msgspec.json.decode(memory.read_bytes(), type=_Known)
         if (known.path, known.size, known.changed) == (str(path), found.st_size, found.st_mtime_ns):
             return known.devices

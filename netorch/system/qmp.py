@@ -243,7 +243,7 @@ class Agent(_Lines):
         try:
             client = connect(path, _agent_seconds(path) if seconds is None else seconds)
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise UsageError(f"guest {guest} does not run") from error
+            raise UsageError(f"guest {guest} does not run", f"netorch start {guest}") from error
         super().__init__(client, f"the guest agent of {guest}")
         token = int.from_bytes(os.urandom(4))
         client.sendall(b"\xff")
@@ -255,7 +255,7 @@ class Agent(_Lines):
             self.close()
             raise ReadyError(
                 f"the guest agent of {guest} does not answer",
-                "the guest may still be booting; an image of your own needs qemu-guest-agent",
+                "it may be paused or still boot; an image of your own needs qemu-guest-agent",
             ) from error
         client.settimeout(each)
 

@@ -3,6 +3,10 @@
 Goal: one command at a time works on a lab, and after teardown neither directory nor lock file is
 left. So the lock is a flock on the directory itself. Whoever waited for it looks again whether the
 path still leads to the directory that was locked, since the one before may have removed it.
+
+Whoever sets NETORCH_RUN_DIR or NETORCH_DISK_DIR may choose a directory that has more in it than
+labs. So a lab's directories carry a mark, from the beginning to the end: what has none and isn't
+empty is never taken for a lab's, filled or removed.
 """
 
 import contextlib
@@ -14,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from netorch.errors import MissingError, NetorchError
+from netorch.errors import ConflictError, MissingError, NetorchError
 from netorch.model import Topology
 from netorch.planner import Update
 from netorch.resources import Record, Resource
@@ -22,6 +26,7 @@ from netorch.system.namespaces import MNT_DETACH, unmount
 from netorch.system.scope import Scope
 
 RECORD = "record.json"
+MARK = ".netorch"  # no name of a guest, all of which have a directory beside it
 
 
 @contextlib.contextmanager
@@ -53,10 +58,48 @@ def locked(run: Path) -> Iterator[Path]:
                 )
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if _is_at(descriptor, run):
+                mark(run, "NETORCH_RUN_DIR")
                 yield run
                 return
         finally:
             os.close(descriptor)
+
+
+def mark(directory: Path, variable: str) -> None:
+    """Say that a directory is a lab's. Raises ConflictError for one that is something else."""
+    if not is_ours(directory):
+        raise ConflictError(
+            foreign(directory),
+            f"give the lab another name, or set {variable} to a directory of its own",
+        )
+    if (directory / MARK).exists():
+        return
+    try:
+        (directory / MARK).touch(mode=0o600)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # somebody is faster
+            directory.rmdir()
+        raise NetorchError(f"failed to write into {directory}: {error.strerror}") from error
+
+
+def foreign(directory: Path) -> str:
+    return f"{directory} is there already, and not netorch's"
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether it is this user's, and has the mark, or nothing yet, as a killed netorch left it."""
+    try:
+        names = os.listdir(directory)
+        owner = os.stat(directory).st_uid
+    except (PermissionError, FileNotFoundError, NotADirectoryError):
+        return False  # somebody else's, or gone meanwhile
+    return owner == os.geteuid() and (MARK in names or not names)
+
+
+def make_disks(scope: Scope) -> None:
+    """Make the directory of what the lab's guests write, where it is missing."""
+    scope.disks.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mark(scope.disks, "NETORCH_DISK_DIR")
 
 
 def leave(run: Path) -> None:
@@ -72,21 +115,41 @@ def remove(scope: Scope) -> None:
     """Remove all that the lab has in the file system, and the directories above it that are empty
     then.
     """
-    import shutil  # the archives that it knows take a while to import
-
     for directory in (scope.disks, scope.run):
-        if directory.is_dir():
-            shutil.rmtree(directory)
+        if is_ours(directory):
+            _empty(directory)
+            directory.rmdir()
         with contextlib.suppress(OSError):  # not empty: other labs live there
             directory.parent.rmdir()
 
 
+def _empty(directory: Path) -> None:
+    """Remove what is in it, the mark after all else: whoever is killed meanwhile leaves it."""
+    import shutil  # the archives that it knows take a while to import
+
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name == MARK):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
 def all_of(base: Path) -> list[Path]:
-    """The run directories below `base`. An empty base is what a killed teardown left: it goes."""
-    if not base.is_dir():
+    """The labs' directories below `base`. An empty base is what a killed teardown left: it goes.
+
+    Raises NetorchError for a base that can't be read.
+    """
+    try:
+        there = sorted(base.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in base.iterdir() if path.is_dir()]
-    if not found:
+    except OSError as error:
+        raise NetorchError(
+            f"failed to read {base}: {error.strerror}",
+            "set NETORCH_RUN_DIR and NETORCH_DISK_DIR to directories of your own",
+        ) from error
+    found = [path for path in there if is_ours(path)]
+    if not there:
         with contextlib.suppress(OSError):  # not empty after all, or not ours
             base.rmdir()
     return found
@@ -119,12 +182,19 @@ def recorded(run: Path) -> Record | None:
 
 
 def write(path: Path, text: str, mode: int = 0o600) -> None:
-    """Write a file in one step: a reader, or a crash, finds the old text or the new one."""
+    """Write a file in one step: a reader, or a crash, finds the old text or the new one.
+
+    Raises NetorchError where it can't be written.
+    """
     temporary = path.with_name(f".{path.name}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    temporary.replace(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise NetorchError(f"failed to write {path}: {error.strerror}") from error
 
 
 def write_synced(path: Path, text: str) -> None:

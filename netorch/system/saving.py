@@ -24,7 +24,7 @@ from pathlib import Path
 from netorch.disk_devices import IMAGE
 from netorch.errors import NetorchError, UsageError
 from netorch.resources import Guest
-from netorch.system import saved
+from netorch.system import rundir, saved
 from netorch.system.guest_devices import look_at_all
 from netorch.system.guest_processes import end_guests, end_is_meant, running
 from netorch.system.incoming import hand_over, wait_migrated
@@ -48,7 +48,8 @@ def save(scope: Scope, guest: Guest, progress: Callable[[str], None]) -> None:
         )
     file = saved.unfinished(scope, name)
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        rundir.make_disks(scope)
+        file.parent.mkdir(mode=0o700, exist_ok=True)
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             _write(scope, guest, fd)

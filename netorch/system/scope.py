@@ -76,8 +76,8 @@ def place_of(run: Path) -> int | None:
     """The network namespace that a run directory belongs to, by the file that says so."""
     try:
         return int((run / PLACE_FILE).read_text().split()[0])
-    except (FileNotFoundError, ValueError, IndexError):
-        return None
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError, IndexError):
+        return None  # there is no lab, or somebody else's
 
 
 def run_base() -> Path:

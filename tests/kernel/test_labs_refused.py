@@ -12,7 +12,7 @@ from netorch import report
 from netorch.engine import Progress
 from netorch.labs import PlaceChoice
 from netorch.planner import Action
-from netorch.system import namespaces, starting
+from netorch.system import namespaces, rundir, starting
 from tests import untouched
 from tests.isolation import ip
 from tests.kernel.test_labs_killed import CHANGED, LAB
@@ -102,6 +102,67 @@ def test_taps_that_cannot_be_made_are_refused(lab_machine: Make, tmp_path: Path)
     assert done.status == 1
     assert "/dev/net/tun can't be opened: No such file or directory" in done.err
     assert machine.look() == before
+
+
+@IN_BOTH
+def test_a_directory_of_somebody_elses_is_left_alone(lab_machine: Make, place: PlaceChoice) -> None:
+    """NETORCH_RUN_DIR and NETORCH_DISK_DIR may be anything, such as a home directory."""
+    machine = lab_machine(place)
+    machine.write(LAB)
+    letters = [
+        base / name / "letter"
+        for base in (machine.run_base, machine.disks_base)
+        for name in (machine.name, "other")
+    ]
+    for letter in letters:
+        letter.parent.mkdir(parents=True)
+        letter.write_text("Dear reader")
+    done = machine.apply()
+    assert done.status == 1
+    assert f"{machine.run_base / machine.name} is there already, and not netorch's" in done.err
+    assert machine.netorch("ls", "--json").json == []
+    assert machine.netorch("teardown", "--all").status == 0
+    assert [letter.read_text() for letter in letters] == ["Dear reader"] * 4
+    letters[0].unlink()
+    letters[0].parent.rmdir()
+    machine.before = machine.look()
+    machine.up()
+    machine.down()  # which compares
+
+
+def test_an_empty_directory_of_somebody_elses_is_no_lab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    assert rundir.all_of(tmp_path) == [tmp_path / "theirs"]
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    assert rundir.all_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("network", ['external = true\nbridge = "br9"', 'uplink = "eth9"'])
+def test_what_a_private_place_cannot_have_leaves_nothing(lab_machine: Make, network: str) -> None:
+    machine = lab_machine("private")
+    machine.write(f'[networks.lan]\nmode = "bridge"\n{network}\n')
+    before = machine.look()
+    done = machine.apply()
+    assert done.status == 1
+    assert "can't be had in a private namespace" in done.err
+    assert machine.netorch("ls", "--json").json == []
+    assert machine.look() == before
+
+
+def test_a_disk_that_is_full_is_named(lab_machine: Make) -> None:
+    machine = lab_machine()
+    machine.write(LAB)
+    machine.run_base.mkdir()
+    namespaces.mount("none", machine.run_base, "tmpfs", data="size=4k")
+    (machine.run_base / "filler").write_bytes(bytes(4096))
+    done = machine.apply()
+    assert done.status == 1
+    assert f"failed to write {machine.run_base / machine.name}/place: No space left" in done.err
+    assert "Traceback" not in done.err
+    assert [path.name for path in machine.run_base.iterdir()] == ["filler"]
 
 
 @pytest.mark.parametrize("port", [53, 67])

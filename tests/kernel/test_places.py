@@ -123,6 +123,20 @@ def test_a_place_is_made_found_entered_and_destroyed() -> None:
 
 
 @on_a_machine
+def test_home_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place this is root, whose home of that machine's is not this user's."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: "/home/somebody")
+    place = make()
+
+    def look() -> None:
+        assert os.environ["HOME"] == "/home/somebody"
+
+    inside(place, look)
+    places.destroy(place)
+
+
+@on_a_machine
 def test_two_places_with_one_subnet_are_independent() -> None:
     needs("pasta")
     one, two = make(ONE, "pasta"), make(TWO, "pasta")

@@ -7,6 +7,7 @@ import pytest
 
 from netorch.resources import Overlay, Resource, Volume
 from netorch.system.disks import Disks, disk_path, forget_removed
+from netorch.system.rundir import MARK
 from netorch.system.scope import Scope
 from netorch.system.starting import program
 
@@ -64,6 +65,6 @@ def test_what_an_apply_has_deleted_is_gone_when_it_has_come_through(
     _path, contents = written(lab, adapter, VOLUME)
     adapter.delete([VOLUME], nothing)
     forget_removed(lab)
-    assert not any(lab.disks.rglob("*"))
+    assert list(lab.disks.rglob("*")) == [lab.disks / MARK]
     path, _ = written(lab, adapter, LARGER)
     assert path.read_bytes() != contents

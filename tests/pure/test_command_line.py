@@ -5,13 +5,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from netorch import output
+from netorch import nodes, output
 from netorch.cli import ELSEWHERE, every_command, find, main
 from netorch.command_line import parsed
 from netorch.errors import UsageError
+from netorch.facts import Facts
+from netorch.surroundings import with_names
+from netorch.system.places import Place
+from netorch.system.qmp import Completed
+from netorch.topology import parse
+from netorch.whereabouts import Lab
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(every_command())
@@ -104,6 +112,8 @@ def test_overview(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         ("exec vm1", "the following arguments are required: COMMAND...", ""),
         ("exec vm1 --", "the following arguments are required: COMMAND...", ""),
         ("start --", "the following arguments are required: GUESTS...", ""),
+        ("ssh", "the following arguments are required: [USER@]GUEST\n", ""),
+        ("send-key", "the following arguments are required: GUEST\n", ""),
     ],
 )
 def test_usage_errors(
@@ -115,14 +125,14 @@ def test_usage_errors(
 ) -> None:
     assert run(monkeypatch, *words.split(" ")) == 2
     out, err = capsys.readouterr()
-    usage, error, way_out = err.splitlines()
+    usage, error, way_out = err.splitlines(keepends=True)
     assert out == ""
     assert usage.startswith("usage: netorch ")
     assert error.startswith("error: ")
     assert message in error
     assert way_out.startswith("hint: ")
     assert hint in way_out
-    assert way_out.endswith(" --help'")
+    assert way_out.endswith(" --help'\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -266,3 +276,52 @@ def test_names_of_any_bytes_are_shown() -> None:
     output.echo_on(out, "caf\u00e9 \udcff: ok")
     out.seek(0)
     assert out.buffer.read() == b"caf\\xe9 \\udcff: ok\n"
+
+
+@pytest.mark.parametrize("words", ["--help", "ls --json", "schema", "check lab.toml"])
+def test_an_output_that_is_full_is_an_error_without_a_traceback(words: str, tmp_path: Path) -> None:
+    (tmp_path / "lab.toml").touch()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "netorch", *words.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "NETORCH_RUN_DIR": str(tmp_path / "none")},
+        )
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_a_report_that_cannot_be_written_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("netorch.labs.find", lambda name: SimpleNamespace(name="a"))
+    monkeypatch.setattr("netorch.verify.verify", lambda lab: [])
+    file = tmp_path / "none" / "report.xml"
+    assert run(monkeypatch, "verify", "--junit", str(file)) == 1
+    assert capsys.readouterr().err == f"error: failed to write {file}: No such file or directory\n"
+
+
+def test_a_command_in_a_guest_needs_no_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def agent_exec(scope: object, guest: str, command: object, data: bytes, *rest: object) -> Any:
+        given.append(data)
+        return Completed(0, b"", b"")
+
+    monkeypatch.setattr("netorch.system.qmp.agent_exec", agent_exec)
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
+    place = Place(lab="a", private=False, inode=0)
+    node = nodes.Node(Lab("a", place, Path("/none"), Path("/none")), "vm1", True)
+    assert nodes.run(node, ["true"]) == 0
+    assert given == [b""]
+
+
+def test_an_owner_that_is_nobody_is_named_with_its_key() -> None:
+    topology = parse('[networks.a]\n[taps.t]\nnetwork = "a"\nowner = "no-one-here"', "a", ROOT)
+    with pytest.raises(UsageError, match=r"taps\.t\.owner: there is no user 'no-one-here'"):
+        with_names(Facts(), topology)

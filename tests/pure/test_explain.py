@@ -268,6 +268,8 @@ def test_journeys() -> None:
     assert reserved.address == "192.168.122.6"
     with pytest.raises(UsageError, match="no guest or host of this lab"):
         journey("vm1", "vm9")
+    with pytest.raises(UsageError, match="vm1 always reaches itself"):
+        journey("vm1", "vm1")
 
 
 BUSYBOX = (

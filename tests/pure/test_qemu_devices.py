@@ -56,7 +56,11 @@ def test_qemu_is_asked_once_until_its_binary_changes(qemu: Path) -> None:
     os.utime(qemu, (1, 1))
     assert qemu_devices(str(qemu)) == first
     assert len(asked(qemu)) == 6
-    next((qemu.parent / "cache" / "netorch").iterdir()).write_text("half a fi")
+    memory = next((qemu.parent / "cache" / "netorch").iterdir())
+    memory.write_text("half a fi")
+    assert qemu_devices(str(qemu)) == first
+    memory.unlink()
+    memory.mkdir()  # can't be read, nor written
     assert qemu_devices(str(qemu)) == first
 
 

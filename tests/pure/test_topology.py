@@ -189,6 +189,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert load_failure(bad / "x.toml") == ": can't be read: Not a directory"
     assert load_failure(bad).startswith(":2: is not UTF-8 text")
     assert "null byte" in load_failure(Path("a\0b"))
+    assert load_failure(Path("/dev/zero")) == ": is larger than 16 MiB (is it a topology?)"
 
 
 def test_a_byte_order_mark_and_crlf_do_no_harm(tmp_path: Path) -> None:

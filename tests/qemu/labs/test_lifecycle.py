@@ -48,6 +48,8 @@ def test_order_power_and_supervision(machine: Machine) -> None:
     said = machine.netorch("stop", "--timeout", "80", "web", "app", "db").stderr.splitlines()
     assert sum(re.search(r"(web|app|db) is off after \d", line) is not None for line in said) == 3
     assert set(_rows(lab)) == {"guest:web", "guest:app", "guest:db"}
+    for command in ("pause", "resume"):
+        assert "guest app does not run" in machine.netorch(command, "app", status=2).stderr
     said = _serving(lab, "start", "web")
     _in_order(said, "+ guest db", "web waits for db", "db: 192.168.122.", "+ guest web")
     assert any("web: eth0 192" in line for line in said)
