@@ -24,7 +24,7 @@ from netorch.nic_devices import idle_queues
 from netorch.planner import Action, Plan, diff
 from netorch.resources import DhcpClient, Guest, Resource, Ruleset
 from netorch.state import EMPTY, State
-from netorch.surroundings import fresh_facts, refuse_held, with_names
+from netorch.surroundings import fresh_facts, refuse_before_place, refuse_held, with_names
 from netorch.system import System, confirmation, rundir
 from netorch.system.confirmation import Pending, Watchdog
 from netorch.system.look import Look
@@ -188,8 +188,10 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     place = place_for(topology, choice)
     if place is None:
         refuse_in_private(topology)
-        facts = fresh_facts(topology)
-        desired = compile(topology, facts, run_base() / name, TABLE_PREFIX + name, source)
+        refuse_held(topology)
+        facts, run = fresh_facts(topology), run_base() / name
+        desired = compile(topology, facts, run, TABLE_PREFIX + name, source)
+        refuse_before_place(_outside(name, run), desired)
         return Outcome(name, None, diff(desired, EMPTY))
     lab = lab_of(name, place)
     if place.private:

@@ -288,6 +288,9 @@ class Forwarding(Resource, frozen=True):
     def describe(self) -> str:
         return f"IPv4 forwarding on {self.name}"
 
+    def no_interface(self) -> str:
+        return f"there is no interface {self.name}, the uplink that the file names"
+
 
 class Dnsmasq(Resource, frozen=True):
     """The DHCP and DNS server of one network.

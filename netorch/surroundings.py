@@ -10,6 +10,9 @@ from netorch.errors import ConflictError, ImageError, UsageError, dotted
 from netorch.facts import Facts, Uplink
 from netorch.guest_disks import disks_of, files_of
 from netorch.model import Topology
+from netorch.resources import Bridge, Forwarding, Guest
+from netorch.state import State
+from netorch.system.scope import Scope
 
 
 def with_names(facts: Facts, topology: Topology) -> Facts:
@@ -55,11 +58,29 @@ def _uid_of(user: str, taps: str) -> int:
 
 def fresh_facts(topology: Topology) -> Facts:
     """What a private place looks like before it is made."""
-    from netorch.system.uplinks import choose
+    from netorch.system.uplinks import INTERFACE, choose
 
     has_uplink = choose(topology.lab.uplink) != "none"
     facts = Facts(
         taken=(uplink_subnet(topology),) if has_uplink else (),
-        uplinks=(Uplink(name="uplink0", mtu=1500),) if has_uplink else (),
+        uplinks=(Uplink(name=INTERFACE, mtu=1500),) if has_uplink else (),
     )
     return with_names(facts, topology)
+
+
+def refuse_before_place(scope: Scope, desired: State) -> None:
+    """Raise ConflictError with the reasons against a lab that can be told before its private place
+    is made: what is wrong with the files of its guests, and the machine's interfaces, which it
+    won't have there.
+    """
+    from netorch.system.uplinks import INTERFACE
+
+    there = {"lo", INTERFACE, *(bridge.name for bridge in desired.of(Bridge))}
+    found = [out.no_interface() for out in desired.of(Forwarding) if out.name not in there]
+    if guests := list(desired.of(Guest)):
+        from netorch.system import boots, disk_checks
+
+        found += [reason for guest in guests for reason in boots.reasons(guest)]
+        found += disk_checks.reasons(scope, guests)
+    if found:
+        raise ConflictError("\n".join(found))

@@ -15,18 +15,24 @@ from netorch.system.images import header, open_image
 from netorch.system.scope import Scope
 
 _FORMATS = ("qcow2", "raw")
+_NAMED = 3  # of the guests with the same mistake
 
 
 def reasons(scope: Scope, guests: Iterable[Guest]) -> list[str]:
     """Why these guests' disks can't be used, a sentence each."""
     guests = list(guests)
-    found = [
-        reason
-        for guest in guests
-        for disk in guest.disks
-        for reason in (*_of_layers(scope, disk), *_of_overlay(scope, guest, disk))
-    ]
+    users: dict[str, dict[str, None]] = {}
+    for guest in guests:
+        for disk in guest.disks:
+            for reason in (*_of_layers(scope, disk), *_of_overlay(scope, guest, disk)):
+                users.setdefault(reason, {})[guest.name] = None
+    found = [f"{_named(sorted(names))}: {reason}" for reason, names in users.items()]
     return list(dict.fromkeys([*found, *_of_sharing(guests)]))
+
+
+def _named(guests: list[str]) -> str:
+    more = f" and {len(guests) - _NAMED} more" if len(guests) > _NAMED else ""
+    return f"guest{'s' if guests[1:] else ''} {', '.join(guests[:_NAMED])}{more}"
 
 
 def _of_layers(scope: Scope, disk: GuestDisk) -> Iterator[str]:
@@ -103,25 +109,25 @@ def _of_overlay(scope: Scope, guest: Guest, disk: GuestDisk) -> Iterator[str]:
     for layer in disk.layers:
         if os.path.isfile(layer.file) and os.stat(layer.file).st_mtime > made:
             yield (
-                f"image {layer.file} was written to after the disk {disk.name} of guest "
-                f"{guest.name} was made from it: take the guest out of the file and apply, then "
-                "start it anew"
+                f"image {layer.file} was written to after the disk {disk.name} was made from it: "
+                "take the guest out of the file and apply, then start it anew"
             )
 
 
 def _of_sharing(guests: Iterable[Guest]) -> Iterator[str]:
     """A file that is written to has one user. Found by its inode: paths may differ."""
-    uses: list[tuple[tuple[int, int, int], bool, str]] = []
+    uses: list[tuple[tuple[int, int, int], bool, str, str]] = []
     for guest in guests:
         for disk in guest.disks:
             for index, layer in enumerate(disk.layers):
                 if os.path.exists(layer.file):
                     written = disk.use == "write" and writes(disk, index)
-                    uses.append((_identity(layer.file), written, layer.file))
+                    uses.append((_identity(layer.file), written, layer.file, guest.name))
     uses.sort(key=lambda use: (use[0], not use[1]))
-    for (one, written, file), (other, _, same_file) in pairwise(uses):
+    for (one, written, file, user), (other, _, same_file, second) in pairwise(uses):
         if one == other and written:
-            yield f"image {file} is persistent, and used a second time as {same_file}"
+            who = _named(sorted({user, second}))
+            yield f"{who}: image {file} is persistent, and used a second time as {same_file}"
 
 
 def _identity(path: str) -> tuple[int, int, int]:

@@ -62,7 +62,7 @@ class Firewall:
         reasons = []
         for resource in wanted:
             if isinstance(resource, Forwarding) and resource.name not in names:
-                reasons.append(f"there is no interface {resource.name} to leave by")
+                reasons.append(resource.no_interface())
             if isinstance(resource, Ruleset):
                 try:
                     self._nft.check(self._table, resource.text, f"load table inet {self._table}")

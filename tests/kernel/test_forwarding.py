@@ -123,7 +123,7 @@ def test_an_interface_that_vanished_is_forgotten() -> None:
     lab.create([WANTED], ignore)
     sh("ip link del eth0")
     assert list(lab.observe()) == [Forwarding(name="eth0", on=False)]
-    assert lab.check([WANTED]) == ["there is no interface eth0 to leave by"]
+    assert lab.check([WANTED]) == ["there is no interface eth0, the uplink that the file names"]
     with pytest.raises(NetorchError, match="failed to set forwarding on eth0: no such interface"):
         lab.create([WANTED], ignore)
     lab.delete([WANTED], ignore)

@@ -49,6 +49,18 @@ CONFLICTS: dict[str, tuple[list[str], str]] = {
     ),
 }
 
+MISSING = """
+[networks.default]
+address = "192.168.122.1/24"
+uplink = "eth77"
+[guests.vm1]
+kernel = "vmlinuz"
+image = "none.img"
+nics = [{ network = "default" }]
+[guests.vm2]
+image = "none.img"
+"""
+
 
 @pytest.mark.parametrize("conflict", CONFLICTS)
 def test_a_conflict_stops_before_the_first_change(lab_machine: Make, conflict: str) -> None:
@@ -73,6 +85,23 @@ def test_all_conflicts_come_at_once(lab_machine: Make) -> None:
     machine.write(LAB)
     done = machine.apply()
     assert all(CONFLICTS[name][1] in done.err for name in ("bridge", "tap", "route"))
+
+
+@IN_BOTH
+def test_what_is_missing_is_told_by_the_plan(
+    lab_machine: Make, place: PlaceChoice, tmp_path: Path
+) -> None:
+    machine = lab_machine(place)
+    machine.write(MISSING)
+    for command in ("plan", "apply"):
+        done = machine.netorch(command, *machine.apply_arguments()[1:])
+        assert done.status == 1
+        assert sorted(done.err.removeprefix("error: ").splitlines()) == [
+            f"failed to read {tmp_path}/vmlinuz of guest vm1: No such file or directory",
+            f"guests vm1, vm2: failed to read image {tmp_path}/none.img: No such file or directory",
+            "there is no interface eth77, the uplink that the file names",
+        ]
+        assert machine.leftovers() == []
 
 
 @pytest.mark.parametrize("program", ["dnsmasq", "busybox"])

@@ -5,12 +5,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from netorch.errors import ImageError
 from netorch.planner import Update
 from netorch.resources import DiskLayer, Guest, Overlay, Resource, Volume
-from netorch.system import disks
+from netorch.system import disks, rundir
 from netorch.system.disk_checks import reasons
 from netorch.system.images import Header, header, image_format, virtual_size
 from netorch.system.scope import Scope
@@ -31,7 +32,8 @@ def check(scope: Scope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chec
 
     def found(*layers: tuple[str, str], use: str = "overlay") -> list[str]:
         said = reasons(scope, [with_layers(tmp_path, *layers, use=use)])
-        return [reason.replace(f"{tmp_path}/", "") for reason in said]
+        assert all(reason.startswith("guest vm1: ") for reason in said)
+        return [r.removeprefix("guest vm1: ").replace(f"{tmp_path}/", "") for r in said]
 
     return found
 
@@ -118,8 +120,18 @@ def test_files_that_can_not_be_a_disk(check: Check, scope: Scope, tmp_path: Path
     os.link("image.vmdk", "again")
     one = with_layers(tmp_path, ("image.vmdk", "raw"), use="write")
     two = with_layers(tmp_path, ("again", "raw"), use="overlay")
+    two = msgspec.structs.replace(two, name="vm2")
     (reason,) = reasons(scope, [one, two])
+    assert reason.startswith("guests vm1, vm2: image ")
     assert "is persistent, and used a second time as" in reason
+    missing = [
+        msgspec.structs.replace(with_layers(tmp_path, ("none", "raw"), use="overlay"), name=name)
+        for name in ("a", "b", "c", "d", "e")
+    ]
+    assert reasons(scope, missing) == [
+        f"guests a, b, c and 2 more: failed to read image {tmp_path}/none: "
+        "No such file or directory"
+    ]
     if os.geteuid() != 0:
         Path("again").chmod(0o400)
         assert check(("again", "raw")) == []
@@ -166,5 +178,5 @@ def test_own_disks_are_seen_as_they_are_made(scope: Scope, tmp_path: Path) -> No
         adapter.delete([overlay, larger, half], done.append)
         assert list(adapter.observe()) == []
         disks.forget_removed(scope)
-        assert not list(scope.disks.iterdir())
+        assert [path.name for path in scope.disks.iterdir()] == [rundir.MARK]
     assert base.read_bytes() == bytes(1 << 20)

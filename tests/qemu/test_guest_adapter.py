@@ -232,7 +232,7 @@ def test_images_that_can_not_be_used_are_named(tmp_path: Path) -> None:
     with lab(tmp_path) as (_scope, guests):
         missing = with_image(guest(), tmp_path / "none", "raw")
         assert guests.check([missing]) == [
-            f"failed to read image {tmp_path}/none: No such file or directory"
+            f"guest vm1: failed to read image {tmp_path}/none: No such file or directory"
         ]
         assert (
             f"is itself an overlay, of {base}"
@@ -275,7 +275,7 @@ def test_an_overlay_outlives_its_guest_and_is_refused_over_a_changed_image(tmp_p
         assert guests.check([wanted]) == []
         os.utime(base, (time.time() + 5, time.time() + 5))
         (reason,) = guests.check([wanted])
-        assert f"image {base} was written to after the disk image of guest vm1" in reason
+        assert f"image {base} was written to after the disk image was made" in reason
         overlays.delete([overlay], nothing)
         overlays.delete([overlay], nothing)
         assert list(overlays.observe()) == []
