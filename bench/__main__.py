@@ -17,7 +17,7 @@ from typing import Any
 
 from bench import goals, peers, summary
 from bench.jobs import Job, Tools, all_jobs
-from bench.turns import Figure, measure
+from bench.turns import Figure, measure, mount_points
 
 # What a figure is divided by: the first of these that took part.
 BASES = ("script", "C floor", "bare interpreter", "kernel")
@@ -28,7 +28,7 @@ def main() -> None:
     quick = "--quick" in sys.argv
     letters = [word for word in sys.argv[2:] if word != "--quick"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch, mount_points():
         tools = _tools(venv, Path(scratch))
         os.environ["BENCH_TINY"] = _tiny(tools)
         results: dict[str, Any] = {

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -29,6 +30,20 @@ SECONDS = 300  # for one turn
 HIDDEN = ("/run/netns", "/run/netorch")  # where a netorch of root leaves names
 
 _PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def mount_points() -> Iterator[None]:
+    """The directories that turns hide, on a machine that has none as well."""
+    missing = [Path(path) for path in HIDDEN if not Path(path).exists()]
+    for path in missing:
+        path.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # somebody else has used it, or has removed it
+                path.rmdir()
 
 
 class Cost(NamedTuple):
@@ -167,7 +182,6 @@ def _place(turn: Turn, directory: Path, writer: int) -> int:
     namespaces.unshare(namespaces.NEWNET | namespaces.NEWNS | namespaces.NEWPID)
     namespaces.mount(None, "/", flags=namespaces.MS_REC | namespaces.MS_SLAVE)
     for path in HIDDEN:
-        Path(path).mkdir(parents=True, exist_ok=True)
         namespaces.mount("bench", path, "tmpfs")
     namespaces.loopback_up()
     init = os.fork()
