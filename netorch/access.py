@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from netorch.errors import ReadyError, UsageError
+from netorch.errors import ReadyError, UsageError, not_running
 from netorch.guests import vnc_socket
 from netorch.labs import intended
 from netorch.nodes import Node, find
 from netorch.resources import Guest
-from netorch.system.qmp import Qmp, QmpError, agent_path
+from netorch.system.power import session
+from netorch.system.qmp import agent_path
 
 if TYPE_CHECKING:
     from netorch.system.copying import Remote
@@ -61,7 +62,7 @@ def send_keys(node: Node, text: str, keys: Sequence[str]) -> None:
     from netorch.keys import combination, typed
     from netorch.system import screen
 
-    with _qmp(node) as qmp:
+    with session(node.lab.scope, node.name) as qmp:
         known = screen.known_keys(qmp)
         wanted = [*typed(text), *(combination(key, known) for key in keys)]
         screen.press(qmp, node.name, wanted)
@@ -71,7 +72,7 @@ def screenshot(node: Node, file: Path) -> None:
     """Write what the guest shows on its screen as PNG. Raises NetorchError."""
     from netorch.system import screen
 
-    with _qmp(node) as qmp:
+    with session(node.lab.scope, node.name) as qmp:
         screen.screenshot(qmp, node.name, file)
 
 
@@ -82,11 +83,11 @@ def show(node: Node, where: str, say: Callable[[str, str], None]) -> None:
     from netorch.system import viewers
     from netorch.system.guest_processes import running
 
-    with _qmp(node) as qmp:
+    with session(node.lab.scope, node.name) as qmp:
         own = viewers.own_display(qmp, node.name)
     processes = running(node.lab.scope).get(f"guest:{node.name}")
     if not processes:
-        raise UsageError(f"guest {node.name} does not run", f"netorch start {node.name}")
+        raise not_running(node.name)
     pidfd = os.pidfd_open(processes[0].pid)
     try:
         with viewers.listening(where) as listener:
@@ -145,21 +146,6 @@ def _files(lab: str | None, target: str, path: str, by_ssh: bool) -> "Iterator[R
         raise ReadyError(error.message, hint) from error
     with files:
         yield files
-
-
-@contextmanager
-def _qmp(node: Node) -> Iterator[Qmp]:
-    try:
-        session = Qmp(_directory(node) / "qmp.sock", node.name)
-    except QmpError as error:
-        if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
-            raise UsageError(
-                f"guest {node.name} does not run", f"netorch start {node.name}"
-            ) from error
-        raise
-    with session:
-        session.ready()
-        yield session
 
 
 def _ssh(node: Node, user: str) -> list[str]:

@@ -93,6 +93,11 @@ class UsageError(NetorchError):
     """The command line names a lab, guest or host that is not there."""
 
 
+def not_running(guest: str) -> UsageError:
+    """What was asked for needs a guest that runs."""
+    return UsageError(f"guest {guest} does not run", f"netorch start {guest}")
+
+
 class ConflictError(NetorchError):
     """A foreign object has a name or an address range that the lab needs."""
 

@@ -36,7 +36,7 @@ from netorch.system.places import (
     has_net_admin,
     private_places,
 )
-from netorch.system.scope import TABLE_PREFIX, Scope, current_place, disks_base, run_base
+from netorch.system.scope import Scope, current_place, disks_base, run_base
 from netorch.whereabouts import Lab as Lab
 from netorch.whereabouts import PlaceChoice as PlaceChoice
 from netorch.whereabouts import find as find
@@ -188,10 +188,9 @@ def plan(topology: Topology, source: str, choice: PlaceChoice) -> Outcome:
     place = place_for(topology, choice)
     if place is None:
         refuse_in_private(topology)
-        refuse_held(topology)
-        facts, run = fresh_facts(topology), run_base() / name
-        desired = compile(topology, facts, run, TABLE_PREFIX + name, source)
-        refuse_before_place(_outside(name, run), desired)
+        scope = _outside(name, run_base() / name)
+        desired = compile(topology, fresh_facts(topology), scope.run, scope.table, source)
+        refuse_before_place(scope, desired)
         return Outcome(name, None, diff(desired, EMPTY))
     lab = lab_of(name, place)
     if place.private:

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from netorch.engine import Progress
-from netorch.errors import UsageError
+from netorch.errors import UsageError, not_running
 from netorch.labs import Lab, carry_out, find_all, intended, machine
 from netorch.planner import Plan
 from netorch.resources import Guest
@@ -82,7 +82,7 @@ def running_guest(observed: State, name: str) -> Guest:
     """Raises UsageError for a guest that doesn't run."""
     guest = observed.get(f"guest:{name}")
     if not isinstance(guest, Guest):
-        raise UsageError(f"guest {name} does not run", f"netorch start {name}")
+        raise not_running(name)
     return guest
 
 

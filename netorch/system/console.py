@@ -15,7 +15,7 @@ import tty
 from collections.abc import Iterator
 from pathlib import Path
 
-from netorch.errors import UsageError
+from netorch.errors import UsageError, not_running
 from netorch.system.qmp import connect
 
 _TAIL = 2000  # bytes of the log that are shown on entry
@@ -31,9 +31,7 @@ def console(path: Path, escape: str = "ctrl-]", log: Path | None = None) -> int:
     try:
         guest = connect(path)
     except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise UsageError(
-            f"guest {path.parent.name} does not run", f"netorch start {path.parent.name}"
-        ) from error
+        raise not_running(path.parent.name) from error
     with guest, _raw(0) as is_terminal:
         guest.settimeout(None)
         if is_terminal:

@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from netorch.errors import UsageError
+from netorch.errors import UsageError, not_running
 from netorch.system import saved
 from netorch.system.guest_processes import directory_of, end_guests, end_is_meant, running
 from netorch.system.qmp import Qmp, QmpError
@@ -92,7 +92,7 @@ def session(scope: Scope, name: str) -> Iterator[Qmp]:
         connected = Qmp(directory_of(scope, name) / "qmp.sock", name)
     except QmpError as error:
         if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
-            raise UsageError(f"guest {name} does not run", f"netorch start {name}") from error
+            raise not_running(name) from error
         raise
     with connected as qmp:
         qmp.ready()

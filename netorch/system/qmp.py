@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from netorch.errors import NetorchError, ReadyError, UsageError
+from netorch.errors import NetorchError, ReadyError, not_running
 from netorch.system.scope import Scope
 
 # A QEMU that is alive answers in milliseconds, but a machine that starts a hundred guests is busy.
@@ -243,7 +243,7 @@ class Agent(_Lines):
         try:
             client = connect(path, _agent_seconds(path) if seconds is None else seconds)
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise UsageError(f"guest {guest} does not run", f"netorch start {guest}") from error
+            raise not_running(guest) from error
         super().__init__(client, f"the guest agent of {guest}")
         token = int.from_bytes(os.urandom(4))
         client.sendall(b"\xff")

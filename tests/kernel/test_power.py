@@ -4,10 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
-from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -23,35 +23,15 @@ from tests.guest_shapes import guest
 class Played:
     """A QEMU whose guest hears only the last of so many presses; 0: none at all."""
 
-    def __init__(self, scope: Scope, hears: int) -> None:
+    def __init__(self, pid: int, hears: int) -> None:
         self.presses = 0
+        self._pid = pid
         self._hears = hears
-        directory = directory_of(scope, "vm1")
-        directory.mkdir(parents=True, exist_ok=True)
-        self._listener = listen(directory / "qmp.sock")
-        argv = ["/bin/sleep", "1000"]
-        self._process = start(scope, guest(), argv, log=directory / "qemu.log")
-        self._thread = threading.Thread(target=self._serve)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._listener.shutdown(2)  # ends accept()
-        self._thread.join()
-        self._listener.close()
-        self._process.close()
-
-    def _serve(self) -> None:
+    def serve(self, listener: socket.socket) -> None:
         while True:
             try:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
             except OSError:
                 return
             with client, client.makefile("rwb", buffering=0) as lines:
@@ -64,8 +44,25 @@ class Played:
         if command == "system_powerdown":
             self.presses += 1
             if self.presses == self._hears:
-                os.kill(self._process.pid, signal.SIGKILL)
+                os.kill(self._pid, signal.SIGKILL)
         return {"return": {"status": "running"} if command == "query-status" else {}}
+
+
+@contextmanager
+def played(scope: Scope, hears: int) -> Iterator[Played]:
+    directory = directory_of(scope, "vm1")
+    directory.mkdir(parents=True, exist_ok=True)
+    with listen(directory / "qmp.sock") as listener:
+        process = start(scope, guest(), ["/bin/sleep", "1000"], log=directory / "qemu.log")
+        qemu = Played(process.pid, hears)
+        thread = threading.Thread(target=qemu.serve, args=[listener])
+        thread.start()
+        try:
+            yield qemu
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # ends accept()
+            thread.join()
+            process.close()
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +73,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_press_that_nobody_heard_is_repeated(scope: Callable[..., Scope]) -> None:
     lab = scope()
     said: list[str] = []
-    with Played(lab, hears=3) as qemu:
+    with played(lab, hears=3) as qemu:
         power.stop(lab, ["vm1", "vm2"], 30, said.append)
         assert qemu.presses >= 3
     (line,) = said
@@ -86,11 +83,11 @@ def test_a_press_that_nobody_heard_is_repeated(scope: Callable[..., Scope]) -> N
 def test_who_hears_no_press_is_ended(scope: Callable[..., Scope]) -> None:
     lab = scope()
     said: list[str] = []
-    with Played(lab, hears=0) as qemu:
+    with played(lab, hears=0) as qemu:
         power.stop(lab, ["vm1"], 0, said.append)
         assert qemu.presses == 0
     assert said == ["vm1 was ended"]
-    with Played(lab, hears=0) as qemu:
+    with played(lab, hears=0) as qemu:
         power.stop(lab, ["vm1"], 0.1, said.append)
         assert qemu.presses > 0
     assert said[1:] == ["vm1 was ended: it did not switch itself off within 0 s"]
