@@ -12,8 +12,9 @@ one waits in its backlog until the first has left.
 
 Guest agent (docs/interop/qemu-ga-ref): no greeting. The port may still hold what an earlier client
 left, so a session starts with 0xFF (which resets the agent's parser) and guest-sync-delimited,
-whose answer comes after a 0xFF of its own. There are no events: the end of a command can only be
-asked for again and again (`Agent.run`).
+whose answer comes after a 0xFF of its own; an agent that ends takes such a request with it, so it
+is repeated. There are no events: the end of a command can only be asked for again and again
+(`Agent.run`).
 """
 
 import base64
@@ -21,7 +22,8 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -35,6 +37,11 @@ _AGENT_SECONDS = 5.0
 # From the start of QEMU. A lease is no sign of an agent: tiny's comes a second after it, or ten on
 # a busy machine.
 _BOOT_SECONDS = 60.0
+_SYNC_DELAYS = (
+    1.0,
+    2.0,
+    4.0,
+)  # until an agent is asked again whether it is there; the last repeats
 _DELAYS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)  # of guest-exec-status; the last one repeats
 CUT = "the guest agent hands over 16 MiB of a command's output, and dropped the rest"
 CUT_HINT = "let the command write to a file, and fetch that with `netorch copy`"
@@ -241,23 +248,47 @@ class Agent(_Lines):
         `each` is for each later request. Raises UsageError without guest, ReadyError without agent.
         """
         try:
-            client = connect(path, _agent_seconds(path) if seconds is None else seconds)
+            seconds = _agent_seconds(path) if seconds is None else seconds
+            client = connect(path, seconds)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise not_running(guest) from error
         super().__init__(client, f"the guest agent of {guest}")
-        token = int.from_bytes(os.urandom(4))
-        client.sendall(b"\xff")
-        self.send("guest-sync-delimited", {"id": token})
         try:
-            while json.loads(self.line().rpartition(b"\xff")[2]).get("return") != token:
-                continue
-        except QmpError as error:
+            self._synchronize(seconds)
+        except (OSError, QmpError) as error:
             self.close()
             raise ReadyError(
                 f"the guest agent of {guest} does not answer",
                 "it may be paused or still boot; an image of your own needs qemu-guest-agent",
             ) from error
         client.settimeout(each)
+
+    def _synchronize(self, seconds: float) -> None:
+        """Have all answers to earlier requests behind us. Raises OSError after `seconds`.
+
+        An agent that ends has lost what it was sent, so this asks again, and the answer to the last
+        one is the end: no other can come after it.
+        """
+        import time
+
+        deadline = time.monotonic() + seconds
+        delays = chain(_SYNC_DELAYS, repeat(_SYNC_DELAYS[-1]))
+        received = b""
+        while (now := time.monotonic()) < deadline:
+            token = int.from_bytes(os.urandom(4))
+            self._socket.settimeout(seconds)
+            self._socket.sendall(b"\xff")
+            self.send("guest-sync-delimited", {"id": token})
+            until = min(deadline, now + next(delays))
+            while (left := until - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                with suppress(TimeoutError):
+                    if not (data := self._socket.recv(1 << 16)):
+                        raise ConnectionResetError("its QEMU has ended")
+                    *lines, received = (received + data).split(b"\n")
+                    if any(_returned(line) == token for line in lines):
+                        return
+        raise TimeoutError("timed out")
 
     def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         self.send(command, arguments)
@@ -307,6 +338,17 @@ class Agent(_Lines):
             time.sleep(_DELAYS[min(asked, len(_DELAYS) - 1)])
             asked += 1
         return dict(status)
+
+
+def _returned(line: bytes) -> object:
+    """What a line of the agent returns; None if it does not, as an error or the end of a line whose
+    beginning another client had.
+    """
+    try:
+        message = json.loads(line.rpartition(b"\xff")[2])
+    except ValueError:
+        return None
+    return message.get("return") if isinstance(message, dict) else None
 
 
 def _agent_seconds(path: Path) -> float:

@@ -90,15 +90,33 @@ continue_agent() {
     { read -r pid < /run/agent.pid; } 2> /dev/null && kill -CONT "$pid"
 }
 
-write_resolv() {
-    seen=
-    for file in /run/resolv.*; do
+# gather FILE...: their lines, each once.
+gather() {
+    lines="
+"
+    for file in "$@"; do
         while read -r line; do
-            case $seen in *"|$line|"*) continue ;; esac
-            seen="$seen|$line|"
-            echo "$line"
+            case $lines in *"
+$line
+"*) continue ;; esac
+            lines="$lines$line
+"
         done < "$file"
-    done > /etc/resolv.conf 2> /dev/null
+    done 2> /dev/null
+}
+
+# Each NIC has a client, and what one's script has gathered may be old before it is written. So
+# whoever writes looks whether it holds, until it does: the last one always looks.
+write_resolv() {
+    gather /run/resolv.*
+    until
+        wanted=$lines
+        echo -n "${wanted#?}" > /etc/resolv.conf
+        gather /etc/resolv.conf
+        written=$lines
+        gather /run/resolv.*
+        [ "$written $lines" = "$wanted $wanted" ]
+    do :; done
 }
 
 as_dhcp() {
@@ -217,14 +235,15 @@ start_agent() {
 }
 
 # A shell on the screen, where there is one (0x03: display controllers): tiny's serial console has
-# another.
+# another. It is init's, which gives each shell the terminal anew; one that this script had started
+# would ignore Ctrl-C, as all that a shell starts in the background.
 start_screen() {
     for device in /sys/bus/pci/devices/*; do
         read -r class < "$device/class"
         case $class in
             0x03*)
-                # In a session of its own, with the terminal as its controlling one.
-                while :; do setsid -c sh -l; done < /dev/tty1 > /dev/tty1 2>&1 &
+                echo "tty1::respawn:-/bin/sh" >> /etc/inittab
+                kill -HUP 1
                 return
                 ;;
         esac

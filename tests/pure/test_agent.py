@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,20 @@ PID = 7
 
 
 class FakeAgent:
-    """Answers one client. Command PID ends by itself after so many questions, or by `signal`."""
+    """Answers one client. Command PID ends by itself after so many questions, or by `signal`. The
+    first `lost` requests get no answer, or one that is cut.
+    """
 
-    def __init__(self, path: Path, asked: int, signal: str = "", late: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        asked: int,
+        signal: str = "",
+        late: float = 0.0,
+        lost: Sequence[bytes] = (),
+    ) -> None:
         self.commands: list[list[str]] = []
+        self._lost = list(lost)
         self._left, self._signal, self._late = asked, signal, late
         self._listener = listen(path)
         self._thread = threading.Thread(target=self._serve)
@@ -36,6 +47,10 @@ class FakeAgent:
         time.sleep(self._late)
         with client, client.makefile("rwb") as lines:
             for line in lines:
+                if self._lost:
+                    lines.write(self._lost.pop(0))
+                    lines.flush()
+                    continue
                 request = json.loads(line.rpartition(b"\xff")[2])
                 answer = self._answer(request["execute"], request.get("arguments", {}))
                 prefix = b"\xff" if request["execute"] == "guest-sync-delimited" else b""
@@ -83,6 +98,26 @@ def test_a_command_is_ended_at_its_time_limit(
     fake.end()
     assert done == Completed(None, b"said", b"", cut=True)
     assert [command[-2:] for command in fake.commands[1:]] == [[s, str(PID)] for s in sent]
+
+
+def test_an_agent_that_was_started_again_has_lost_what_the_one_before_was_asked(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "_SYNC_DELAYS", (0.02,))
+    fake = FakeAgent(path, asked=0, lost=[b"", b'": 1}\n{"return": 1}\n{"ret'])
+    with Agent(path, "vm1", 20.0) as agent:
+        assert agent.run(["true"]).code == 3
+    fake.end()
+
+
+def test_only_the_last_answer_ends_the_synchronization(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "_SYNC_DELAYS", (0.02, 30.0))
+    fake = FakeAgent(path, asked=0, late=0.2)  # it finds two requests
+    with Agent(path, "vm1") as agent:
+        assert agent.run(["true"]).code == 3
+    fake.end()
 
 
 def test_a_guest_that_was_just_started_may_still_boot(
