@@ -1,9 +1,9 @@
 """diff(desired, observed) -> Plan: what has to be done to the machine, in order, and nothing else.
 
-Order of a plan: all deletes first, what needs others before what is needed; then creates and
-updates, what is needed before what needs it. Actions that don't depend on each other stand together
-in a step, so that the engine can hand a whole step to an adapter (a thousand taps are one batch of
-messages).
+Order of a plan: all deletes first, what needs others before what is needed, or with it where one
+deletion takes both (a bridge with its ports); then creates and updates, what is needed before what
+needs it. Actions that don't depend on each other stand together in a step, so that the engine can
+hand a whole step to an adapter (a thousand taps are one batch of messages).
 
 A resource that differs is updated where it says that it can become the desired one
 (`Resource.can_become`), otherwise deleted and created. What needs a deleted resource is asked what
@@ -160,8 +160,9 @@ def diff(desired: State, observed: State) -> Plan:
                     left[key] = current = remains
 
     steps: list[list[Action]] = []
-    for level in reversed(_levels(State(doomed.values()))):
-        steps.append([Delete(doomed[key]) for key in level])
+    for level in reversed(_levels(State(doomed.values()), deleting=True)):
+        gone = sorted((doomed[key] for key in level), key=lambda old: not old.goes_with)
+        steps.append([Delete(old) for old in gone])
     for level in _levels(desired):
         creates: list[Action] = []
         updates: list[Action] = []
@@ -176,8 +177,10 @@ def diff(desired: State, observed: State) -> Plan:
     return Plan(steps, reasons)
 
 
-def _levels(state: State) -> list[list[str]]:
-    """Keys by depth: one past the deepest of a resource's needs that are in the state."""
+def _levels(state: State, deleting: bool = False) -> list[list[str]]:
+    """Keys by depth: one past the deepest of a resource's needs that are in the state. To be
+    deleted, it may have the depth of what it goes with, and is one past what it goes before.
+    """
     depth: dict[str, int] = {}
 
     def visit(key: str) -> int:
@@ -187,8 +190,11 @@ def _levels(state: State) -> list[list[str]]:
             depth[key] = (
                 0  # a cycle would be a mistake of the compiler; it must not hang the planner
             )
-            before = (*resource.needs, *state.order.get(key, ()))
-            depth[key] = 1 + max((visit(n) for n in before if n in state), default=-1)
+            past = dict.fromkeys((*resource.needs, *state.order.get(key, ())), 1)
+            if deleting:
+                past |= {n: 0 for n in resource.needs if n.startswith(resource.goes_with)}
+                past |= dict.fromkeys(resource.goes_before, 1)
+            depth[key] = max((visit(n) + step for n, step in past.items() if n in state), default=0)
         return depth[key]
 
     levels: list[list[str]] = []

@@ -10,6 +10,10 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
 
     # Fields that a running object can take on; a difference in any other field makes it again.
     live: ClassVar[frozenset[str]] = frozenset()
+    # How the keys begin of those needs that may be deleted in one step with it.
+    goes_with: ClassVar[tuple[str, ...]] = ()
+    # The keys of what must not be deleted before it, although it doesn't need that.
+    goes_before: ClassVar[tuple[str, ...]] = ()
 
     @property
     def key(self) -> str:

@@ -134,6 +134,8 @@ class Tap(Resource, frozen=True):
     """
 
     live: ClassVar[frozenset[str]] = frozenset({"network", "bridge", "mac", "mtu", "up"})
+    goes_with = ("bridge:",)
+    goes_before = ("ruleset",)  # no packet of a port passes without the rules
     id: str
     name: str
     network: str
@@ -171,6 +173,8 @@ class Veth(Resource, frozen=True):
         {"network", "bridge", "mtu", "mac", "addresses", "gateway", "up"}
     )
     id: str
+    goes_with = Tap.goes_with
+    goes_before = Tap.goes_before
     name: str
     network: str
     bridge: str

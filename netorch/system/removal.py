@@ -1,8 +1,8 @@
 """Taking links away.
 
 Deleting one link makes the kernel wait 16 ms for all CPUs, deleting a whole group in one message
-hardly more. So what is to go is gathered in a group: the one that it has, if all of that group is
-to go, else a new one.
+hardly more. So what is to go is gathered in one group: the largest of which all is to go, or else
+a new one.
 """
 
 import errno
@@ -20,22 +20,17 @@ def delete(netlink: Netlink, snapshot: Snapshot, doomed: Collection[int]) -> Ker
 
     That one is gone already is no error.
     """
-    if len(doomed) == 1:
+    if len(doomed) < 2:
         return _first(netlink.send([[messages.delete_link(index)] for index in doomed]))
-    groups: dict[int, list[int]] = {}
+    gone = set(doomed)
+    groups: dict[int, set[int]] = {}
     for link in snapshot.links.values():
-        groups.setdefault(link.group, []).append(link.index)
-    whole = {group for group, members in groups.items() if set(members) <= set(doomed)}
-    strays = [index for index in doomed if snapshot.links[index].group not in whole]
-    error = None
-    if strays:
-        fresh = _unused_group(snapshot)
-        moves = [[messages.link(index, attributes=(("IFLA_GROUP", fresh),))] for index in strays]
-        error = _first(netlink.send(moves))
-        whole.add(fresh)
-    return error or _first(
-        netlink.send([[messages.delete_group(group)] for group in sorted(whole)])
-    )
+        groups.setdefault(link.group, set()).add(link.index)
+    whole = [group for group, members in groups.items() if members <= gone]
+    group = max(whole, key=lambda one: len(groups[one]), default=0) or _unused_group(snapshot)
+    strays = gone - groups.get(group, set())
+    moves = [[messages.link(index, attributes=(("IFLA_GROUP", group),))] for index in strays]
+    return _first(netlink.send(moves)) or _first(netlink.send([[messages.delete_group(group)]]))
 
 
 def take_back(netlink: Netlink, indexes: Sequence[int], outcomes: Outcomes) -> None:

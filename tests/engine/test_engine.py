@@ -13,7 +13,7 @@ from netorch.engine import Progress
 from netorch.errors import ApplyError, ConflictError
 from netorch.facts import Facts, Uplink
 from netorch.planner import Delete, Plan, diff
-from netorch.resources import Bridge, Record, Resource, Tap
+from netorch.resources import Bridge, Record, Resource, Ruleset, Tap
 from netorch.state import EMPTY, State
 from tests.engine.fake import FakeSystem, Killed
 from tests.engine.topologies import random_topology, state_of
@@ -170,6 +170,26 @@ def test_a_step_never_holds_what_depends_on_each_other() -> None:
             keys = {action.key for action in step}
             for a, b in itertools.permutations(step, 2):
                 assert a.key not in b.resource.needs, f"seed {seed}: {keys}"
+
+
+@pytest.mark.parametrize(
+    ("rules", "steps"),
+    [
+        ([], [["tap", "tap", "bridge"], ["record"]]),
+        ([Ruleset(text="", digest="1")], [["tap", "tap"], ["bridge", "ruleset"], ["record"]]),
+    ],
+    ids=["without rules", "with rules"],
+)
+def test_ports_go_with_their_bridge_and_never_after_the_rules(
+    rules: list[Resource], steps: list[list[str]]
+) -> None:
+    taps = [
+        Tap(id=id, name=id, network="lan", bridge="br0", mac=f"02:00:00:00:00:0{id}")
+        for id in ("1", "2")
+    ]
+    bridge = Bridge(network="lan", name="br0", mac="02:00:00:00:00:09", mtu=1500)
+    plan = diff(EMPTY, State([Record(text="{}", source="/lab.toml"), bridge, *rules, *taps]))
+    assert [[action.key.partition(":")[0] for action in step] for step in plan.steps] == steps
 
 
 def test_the_compiler_is_a_function() -> None:
