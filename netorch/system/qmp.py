@@ -23,7 +23,6 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -37,11 +36,7 @@ _AGENT_SECONDS = 5.0
 # From the start of QEMU. A lease is no sign of an agent: tiny's comes a second after it, or ten on
 # a busy machine.
 _BOOT_SECONDS = 60.0
-_SYNC_DELAYS = (
-    1.0,
-    2.0,
-    4.0,
-)  # until an agent is asked again whether it is there; the last repeats
+_SYNC_AGAIN = 1.0  # until a silent agent is asked again whether it is there; doubled each time
 _DELAYS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)  # of guest-exec-status; the last one repeats
 CUT = "the guest agent hands over 16 MiB of a command's output, and dropped the rest"
 CUT_HINT = "let the command write to a file, and fetch that with `netorch copy`"
@@ -266,20 +261,22 @@ class Agent(_Lines):
     def _synchronize(self, seconds: float) -> None:
         """Have all answers to earlier requests behind us. Raises OSError after `seconds`.
 
-        An agent that ends has lost what it was sent, so this asks again, and the answer to the last
-        one is the end: no other can come after it.
+        An agent that ends has lost what it was sent, so this asks again. The answer to the last
+        request is the end, as no other can come after it; so an agent that is just slow gets ever
+        more time for that.
         """
         import time
 
         deadline = time.monotonic() + seconds
-        delays = chain(_SYNC_DELAYS, repeat(_SYNC_DELAYS[-1]))
+        patience = _SYNC_AGAIN
         received = b""
         while (now := time.monotonic()) < deadline:
             token = int.from_bytes(os.urandom(4))
             self._socket.settimeout(seconds)
             self._socket.sendall(b"\xff")
             self.send("guest-sync-delimited", {"id": token})
-            until = min(deadline, now + next(delays))
+            until = min(deadline, now + patience)
+            patience *= 2
             while (left := until - time.monotonic()) > 0:
                 self._socket.settimeout(left)
                 with suppress(TimeoutError):

@@ -103,7 +103,7 @@ def test_a_command_is_ended_at_its_time_limit(
 def test_an_agent_that_was_started_again_has_lost_what_the_one_before_was_asked(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qmp, "_SYNC_DELAYS", (0.02,))
+    monkeypatch.setattr(qmp, "_SYNC_AGAIN", 0.02)
     fake = FakeAgent(path, asked=0, lost=[b"", b'": 1}\n{"return": 1}\n{"ret'])
     with Agent(path, "vm1", 20.0) as agent:
         assert agent.run(["true"]).code == 3
@@ -113,8 +113,8 @@ def test_an_agent_that_was_started_again_has_lost_what_the_one_before_was_asked(
 def test_only_the_last_answer_ends_the_synchronization(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qmp, "_SYNC_DELAYS", (0.02, 30.0))
-    fake = FakeAgent(path, asked=0, late=0.2)  # it finds two requests
+    monkeypatch.setattr(qmp, "_SYNC_AGAIN", 0.02)
+    fake = FakeAgent(path, asked=0, late=0.2)  # it finds four requests
     with Agent(path, "vm1") as agent:
         assert agent.run(["true"]).code == 3
     fake.end()
