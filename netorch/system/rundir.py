@@ -125,10 +125,10 @@ def remove(scope: Scope) -> None:
 
 def _empty(directory: Path) -> None:
     """Remove what is in it, the mark after all else: whoever is killed meanwhile leaves it."""
-    import shutil  # the archives that it knows take a while to import
-
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name == MARK):
         if entry.is_dir(follow_symlinks=False):
+            import shutil  # the archives that it knows take a while to import
+
             shutil.rmtree(entry.path)
         else:
             os.unlink(entry.path)
