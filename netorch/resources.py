@@ -172,9 +172,9 @@ class Veth(Resource, frozen=True):
     live: ClassVar[frozenset[str]] = frozenset(
         {"network", "bridge", "mtu", "mac", "addresses", "gateway", "up"}
     )
-    id: str
     goes_with = Tap.goes_with
     goes_before = Tap.goes_before
+    id: str
     name: str
     network: str
     bridge: str

@@ -19,8 +19,8 @@ PID = 7
 
 
 class FakeAgent:
-    """Answers one client. Command PID ends by itself after so many questions, or by `signal`. The
-    first `lost` requests get no answer, or one that is cut.
+    """Answers one client. Command PID ends by itself after so many questions, or by `signal`.
+    What is `lost` is sent instead of the first answers.
     """
 
     def __init__(
