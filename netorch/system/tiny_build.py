@@ -45,7 +45,7 @@ _WANTED = (
 )
 _APPLETS = {
     *("sh", "init", "mount", "umount", "modprobe", "ip", "udhcpc", "mdev", "acpid"),
-    *("poweroff", "reboot", "cat", "rm", "mkdir", "sync", "setsid", "hwclock"),
+    *("poweroff", "reboot", "cat", "rm", "mkdir", "sync", "hwclock"),
 }
 _OWN_NAMES = {"init", "linuxrc", "poweroff", "halt", "reboot"}  # ours, in /sbin, not busybox's
 _LIBRARIES = (
