@@ -22,7 +22,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -259,7 +259,8 @@ class Agent(_Lines):
         client.settimeout(each)
 
     def _synchronize(self, seconds: float) -> None:
-        """Have all answers to earlier requests behind us. Raises OSError after `seconds`.
+        """Have all answers to earlier requests behind us. Raises OSError or QmpError after
+        `seconds`.
 
         An agent that ends has lost what it was sent, so this asks again. The answer to the last
         request is the end, as no other can come after it; so an agent that is just slow gets ever
@@ -269,23 +270,21 @@ class Agent(_Lines):
 
         deadline = time.monotonic() + seconds
         patience = _SYNC_AGAIN
-        received = b""
-        while (now := time.monotonic()) < deadline:
+        while True:
             token = int.from_bytes(os.urandom(4))
-            self._socket.settimeout(seconds)
+            self._socket.settimeout(max(min(patience, deadline - time.monotonic()), 0.001))
             self._socket.sendall(b"\xff")
             self.send("guest-sync-delimited", {"id": token})
-            until = min(deadline, now + patience)
+            try:
+                while _returned(self.line()) != token:
+                    continue
+                return
+            except QmpError as error:
+                if not isinstance(error.__cause__, TimeoutError) or time.monotonic() >= deadline:
+                    raise
+            self._lines.close()  # after a timeout it reads no more
+            self._lines = self._socket.makefile("rb")
             patience *= 2
-            while (left := until - time.monotonic()) > 0:
-                self._socket.settimeout(left)
-                with suppress(TimeoutError):
-                    if not (data := self._socket.recv(1 << 16)):
-                        raise ConnectionResetError("its QEMU has ended")
-                    *lines, received = (received + data).split(b"\n")
-                    if any(_returned(line) == token for line in lines):
-                        return
-        raise TimeoutError("timed out")
 
     def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         self.send(command, arguments)

@@ -100,21 +100,17 @@ def test_a_command_is_ended_at_its_time_limit(
     assert [command[-2:] for command in fake.commands[1:]] == [[s, str(PID)] for s in sent]
 
 
-def test_an_agent_that_was_started_again_has_lost_what_the_one_before_was_asked(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "fate",
+    [
+        {"lost": [b"", b'": 1}\n{"return": 1}\n{"ret']},
+        {"late": 0.2},  # it finds four requests, and the last answer counts
+    ],
+    ids=["an agent before it has lost requests", "it was asked before it was there"],
+)
+def test_synchronization(fate: dict[str, Any], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmp, "_SYNC_AGAIN", 0.02)
-    fake = FakeAgent(path, asked=0, lost=[b"", b'": 1}\n{"return": 1}\n{"ret'])
-    with Agent(path, "vm1", 20.0) as agent:
-        assert agent.run(["true"]).code == 3
-    fake.end()
-
-
-def test_only_the_last_answer_ends_the_synchronization(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(qmp, "_SYNC_AGAIN", 0.02)
-    fake = FakeAgent(path, asked=0, late=0.2)  # it finds four requests
+    fake = FakeAgent(path, asked=0, **fate)
     with Agent(path, "vm1") as agent:
         assert agent.run(["true"]).code == 3
     fake.end()

@@ -60,7 +60,7 @@ until [ -s /run/agent.pid ]; do usleep 10000; done
 echo it is back > /dev/console
 """
     lab.machine.netorch("exec", "--lab", lab.name, "vm1", "--", "tee", "/root/late", input=script)
-    lab.machine.netorch("send-key", "--lab", lab.name, "--text", "sh /root/late", "vm1", "ret")
+    _type(lab, "sh /root/late", "ret")
     wait_for(lab.run / "guests" / "vm1" / "serial.log", lambda text: "it is back" in text)
     assert lab.sh("vm1", "cat /run/agent.pid") != before
 
@@ -138,22 +138,18 @@ def _time_limit(lab: Lab) -> None:
 def _screen(lab: Lab) -> None:
     lab.sh("vm1", "until grep -qa '# ' /dev/vcs1; do usleep 10000; done")  # the shell's prompt
     before = _picture(lab)
-    lab.machine.netorch(
-        *("send-key", "--lab", lab.name, "--text", r'echo "Typed: ~/$((6*7))" >/tmp/typed'),
-        *("vm1", "ret", "x", "ctrl-c"),
-    )
+    _type(lab, r'echo "Typed: ~/$((6*7))" >/tmp/typed', "ret", "x", "ctrl-c")
     lab.sh("vm1", "until [ -s /tmp/typed ]; do usleep 10000; done")
     assert lab.sh("vm1", "cat /tmp/typed") == "Typed: ~/42"
     lab.sh("vm1", "until grep -qa 'x^C *vm1:~# ' /dev/vcs1; do usleep 10000; done")
     after = _picture(lab)
     assert after.count(GREY) > before.count(GREY) + 200, "letters have dozens of pixels each"
 
-    keys = ("send-key", "--lab", lab.name, "--text")
-    lab.machine.netorch(*keys, "sleep 777", "vm1", "ret")
+    _type(lab, "sleep 777", "ret")
     lab.sh("vm1", "until ps | grep '[s]leep 777'; do usleep 10000; done")
-    lab.machine.netorch(*keys, "", "vm1", "ctrl-c")
+    _type(lab, "", "ctrl-c")
     lab.sh("vm1", "while ps | grep '[s]leep 777'; do usleep 10000; done")
-    lab.machine.netorch(*keys, "clear; echo go''ne; exit", "vm1", "ret")
+    _type(lab, "clear; echo go''ne; exit", "ret")
     lab.sh("vm1", "until grep -qa 'gone.*vm1:~# ' /dev/vcs1; do usleep 10000; done")
 
     unknown = ("send-key", "--lab", lab.name, "vm1", "ret", "ctrl-alt-delet")
@@ -166,6 +162,10 @@ def _screen(lab: Lab) -> None:
     with Qmp(lab.run / "guests" / "vm1" / "qmp.sock", "vm1") as qmp:
         qmp.ready()
         qmp.ask("cont")
+
+
+def _type(lab: Lab, text: str, *keys: str) -> None:
+    lab.machine.netorch("send-key", "--lab", lab.name, "--text", text, "vm1", *keys)
 
 
 def _picture(lab: Lab) -> bytes:
